@@ -1,0 +1,258 @@
+"""Everything private in torch that this project touches, with the versions it was tried on.
+
+Tried on torch 2.11 (CUDA) and 2.13 (CPU). Nothing is patched; settings change inside of a call.
+"""
+
+import contextlib
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch_config
+from torch import fx
+from torch._functorch._aot_autograd.descriptors import GradAOTOutput, PlainAOTInput
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._functorch.compile_utils import fx_graph_cse, get_aten_target
+from torch._functorch.partitioners import (
+    get_default_op_list,
+    min_cut_rematerialization_partition,
+)
+from torch._guards import detect_fake_mode
+from torch._inductor import list_mode_options
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.graph import _BoxedCodeGen
+from torch.utils.checkpoint import CheckpointPolicy
+
+Partitioner = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
+CompiledFunction = Callable[..., Any]
+
+# ---------------------------------------------------------------------------------------------
+# Dynamo's graph
+# ---------------------------------------------------------------------------------------------
+
+# L['self']._modules['layers']._modules['0']._parameters['weight'] -> layers.0.weight
+_SOURCE_PART = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
+
+
+def qualified_name(placeholder: fx.Node) -> str:
+    """The parameter's name as `named_parameters()` of the compiled module gives it."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    if source is None:
+        return placeholder.name
+    text = source.name if isinstance(source.name, str) else source.name()
+    return ".".join(_SOURCE_PART.findall(text)) or text
+
+
+def copy_graph_module(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy with a graph of its own and shared tensors: compilers take over what they get."""
+    graph = copy.deepcopy(module.graph)
+    duplicate = fx.GraphModule(module, graph)
+    duplicate.meta = dict(module.meta)
+    originals = module.graph.find_nodes(op="placeholder")
+    for node, original in zip(graph.find_nodes(op="placeholder"), originals, strict=True):
+        # AOTAutograd reads this attribute of every placeholder, and copying a node drops it.
+        if hasattr(original, "_dynamo_source"):
+            node._dynamo_source = original._dynamo_source
+    return duplicate
+
+
+def append_placeholder(module: fx.GraphModule, name: str) -> fx.Node:
+    """Give the graph one more input, behind those it has."""
+    last = module.graph.find_nodes(op="placeholder")[-1]
+    with module.graph.inserting_after(last):
+        node = module.graph.placeholder(name)
+    node._dynamo_source = None  # type: ignore[attr-defined]
+    return node
+
+
+# ---------------------------------------------------------------------------------------------
+# The joint graph
+# ---------------------------------------------------------------------------------------------
+
+
+def input_index(placeholder: fx.Node) -> int | None:
+    """Which input of Dynamo's graph a placeholder of the joint graph is, None for all others."""
+    desc = placeholder.meta.get("desc")
+    return desc.idx if isinstance(desc, PlainAOTInput) else None
+
+
+def set_input_index(placeholder: fx.Node, index: int) -> None:
+    """Describe a placeholder as an input of Dynamo's graph."""
+    placeholder.meta["desc"] = PlainAOTInput(idx=index)
+
+
+def gradient_index(desc: object) -> int | None:
+    """For the descriptor of a joint graph's output: the input that it is the gradient of."""
+    if isinstance(desc, GradAOTOutput) and isinstance(desc.grad_of, PlainAOTInput):
+        return int(desc.grad_of.idx)
+    return None
+
+
+def output_descriptors(graph: fx.Graph) -> list[object]:
+    """A descriptor for each output of a joint graph."""
+    return list(graph.output_node().meta["desc"])
+
+
+def eliminate_common_subexpressions(module: fx.GraphModule) -> None:
+    """Make equal nodes one, as the partitioner does: q, k and v then read one view."""
+    if functorch_config.cse:
+        module.graph = fx_graph_cse(module.graph)
+
+
+def is_cheap(node: fx.Node) -> bool:
+    """Whether the partitioner counts the operator as free to run again in the backward pass."""
+    ops = get_default_op_list()
+    return bool(ops.is_recomputable(node)) and not ops.is_random(node)
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the operator only looks at its input's storage in another way."""
+    return bool(get_default_op_list().is_view(node)) or get_aten_target(node) in (
+        torch.ops.aten._unsafe_view,
+        torch.ops.aten.transpose,
+    )
+
+
+def mark_recomputed(node: fx.Node) -> None:
+    """Never save this node: each side of the boundary that needs it computes it."""
+    node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+
+
+def is_recomputed(node: fx.Node) -> bool:
+    """Whether activation checkpointing, or `mark_recomputed`, has the backward compute this."""
+    policies = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
+    return node.meta.get("recompute") in policies
+
+
+def fake_mode_of(value: object) -> contextlib.AbstractContextManager[Any]:
+    """The fake tensor mode of a node's `meta["val"]`, to compute the values of new nodes in."""
+    return detect_fake_mode([value]) or contextlib.nullcontext()
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """A number for a size that may be symbolic."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return 4096 if hint is None else int(hint)
+
+
+def min_cut(
+    module: fx.GraphModule,
+    num_fwd_outputs: int,
+    static_inputs: Sequence[int],
+    *,
+    recompute_matmul_inputs: bool,
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """torch's min-cut partition; takes over the joint graph.
+
+    `recompute_matmul_inputs`: matmul inputs may be rebuilt in the backward pass although that
+    writes them to memory once more.
+    """
+    banned = functorch_config.ban_recompute_materialized_backward and not recompute_matmul_inputs
+    with functorch_config.patch(ban_recompute_materialized_backward=banned):
+        forward, backward = min_cut_rematerialization_partition(
+            module,
+            None,
+            compiler="inductor",
+            num_fwd_outputs=num_fwd_outputs,
+            static_lifetime_input_indices=list(static_inputs),
+        )
+    return forward, backward
+
+
+def trace(function: Callable[..., Any], *args: torch.Tensor) -> fx.GraphModule:
+    """The function's aten graph on fake tensors, decomposed as Inductor wants it."""
+    with fake_mode_of(args[0]):
+        return make_fx(function, decomposition_table=select_decomp_table())(*args)
+
+
+# ---------------------------------------------------------------------------------------------
+# Compiling
+# ---------------------------------------------------------------------------------------------
+
+
+class _Partitioner(CustomPartitionerFn):  # type: ignore[misc]
+    def __init__(self, partition: Partitioner, cache_id: str) -> None:
+        self._partition = partition
+        self._cache_id = cache_id
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        return self._partition(
+            gm, kwargs["num_fwd_outputs"], kwargs.get("static_lifetime_input_indices") or ()
+        )
+
+    def uuid(self) -> str:
+        # Never None: AOTAutogradCache takes that for "no partitioner" and would skip changed passes.
+        return self._cache_id
+
+
+def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Inductor's settings for a mode of torch.compile and options on top of it."""
+    if mode is not None and mode not in (modes := list_mode_options()):
+        raise ValueError(f"mode={mode!r} must be one of {', '.join(map(repr, modes))}")
+    merged = {**(list_mode_options(mode) if mode else {}), **options}
+    known = torch._inductor.config.get_config_copy()
+    for name in merged:
+        if name.replace("-", "_") not in known:
+            raise ValueError(f"options[{name!r}] is not an option of Inductor")
+    if merged.get("custom_partitioner_fn") is not None:
+        raise ValueError("options['custom_partitioner_fn'] is taken by the compact backend")
+    return merged
+
+
+def compile_graph(
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    inner: str,
+    options: Mapping[str, Any],
+    partition: Partitioner | None = None,
+    cache_id: str = "",
+) -> CompiledFunction:
+    """Compile Dynamo's graph, which this takes over.
+
+    partition: called with (joint graph, num_fwd_outputs, static input indices) in place of
+        torch's own, after Inductor's passes over the joint graph.
+    cache_id: stands for the partition in the keys of Inductor's and AOTAutograd's caches.
+    """
+    partitioner = None if partition is None else _Partitioner(partition, cache_id)
+    if inner == "inductor":
+        patches = dict(options)
+        if partitioner is not None:
+            patches["custom_partitioner_fn"] = partitioner
+        return compile_fx(module, example_inputs, config_patches=patches)  # type: ignore[no-any-return]
+
+    def run_as_is(graph_module: fx.GraphModule, _: Sequence[Any]) -> CompiledFunction:
+        graph_module.graph.set_codegen(_BoxedCodeGen())  # frees each input after its last use
+        graph_module.recompile()
+
+        def run(args: list[Any]) -> Any:
+            return graph_module.forward(args)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    return aot_module_simplified(  # type: ignore[no-any-return]
+        module,
+        example_inputs,
+        fw_compiler=run_as_is,
+        bw_compiler=run_as_is,
+        partition_fn=partitioner or min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+        keep_inference_input_mutations=True,
+    )
+
+
+@contextlib.contextmanager
+def cold_joint_graph() -> Iterator[None]:
+    """AOTAutograd traces the joint graph and calls the partitioner even if its cache is warm."""
+    with functorch_config.patch(enable_autograd_cache=False):
+        yield

@@ -1,0 +1,282 @@
+"""The backend object that torch.compile calls with each of Dynamo's graphs."""
+
+import contextlib
+import difflib
+import functools
+import hashlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+import compact_fx
+from compact_fx import _torch, passes
+from compact_fx.config import CompactConfig, config_from
+from compact_fx.errors import CannotCompact
+from compact_fx.passes.choose_sites import choose_sites
+from compact_fx.passes.expand_projections import expand_projections
+from compact_fx.passes.joint_graph import JointGraph
+from compact_fx.passes.partition import partition
+from compact_fx.passes.rewrite_weight_grads import rewrite_weight_grads
+from compact_fx.plan import Plan
+from compact_fx.report import report
+from compact_fx.schedule import KeySchedule
+
+log = logging.getLogger(__name__)
+
+
+class CompactBackend:
+    """A torch.compile backend that computes weight gradients from random sketches.
+
+    Attributes:
+        config: the settings.
+        plans: one `Plan` for each graph that was compiled for training, in that order.
+    """
+
+    def __init__(self, config: CompactConfig) -> None:
+        self.config = config
+        self._options = _torch.inductor_options(config.mode, config.options)
+        self.plans: list[Plan] = []
+        self._names: set[str] = set()
+
+    def report(self) -> str:
+        """What was sketched, where, why not, bytes and FLOPs before and after."""
+        return report(self.plans)
+
+    def __call__(
+        self,
+        module: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Callable[..., Any]:
+        """Compile one graph; called by torch.compile, which passes on its own `mode`."""
+        if options:
+            raise TypeError(
+                f"options={dict(options)!r} of torch.compile would be lost: give settings to "
+                "compact_backend(...), and Inductor's options to compact_backend(options={...})"
+            )
+        if mode is not None and mode != self.config.mode:
+            inductor = _torch.inductor_options(mode, self.config.options)
+        else:
+            inductor = self._options
+        compiler = _GraphCompiler(self.config, inductor, module, example_inputs)
+        if not compiler.trains():
+            return compiler.compile_untouched()
+        try:
+            plan, compiled = compiler.compile()
+        except CannotCompact as error:
+            if self.config.strict:
+                raise
+            warnings.warn(f"a graph is compiled without sketches: {error}", stacklevel=2)
+            return compiler.compile_untouched()
+        if plan is not None:
+            self.plans.append(plan)
+            log.info(
+                "graph %d: %d of %d weight gradients sketched, %d → %d bytes kept for backward",
+                len(self.plans) - 1,
+                len(plan.sketched),
+                len(plan.sites),
+                plan.bytes_before,
+                plan.bytes_after,
+            )
+            self._check_patterns(plan)
+        return compiled
+
+    def _check_patterns(self, plan: Plan) -> None:
+        self._names |= {site.weight for site in plan.sites}
+        for pattern in self.config.patterns():
+            if not any(fnmatchcase(name, pattern) for name in self._names):
+                near = difflib.get_close_matches(pattern.replace("*", ""), self._names, 3, 0.1)
+                warnings.warn(
+                    f"pattern {pattern!r} matches no weight that was compiled so far; "
+                    f"the nearest are {', '.join(near)}",
+                    stacklevel=3,
+                )
+
+
+def compact_backend(**settings: Any) -> CompactBackend:
+    """A backend for `torch.compile(model, backend=...)` or `model.compile(backend=...)`.
+
+    Args:
+        settings: the fields of `CompactConfig`, such as `rank=0.25`.
+
+    Raises:
+        TypeError, ValueError: a setting that does not exist or cannot be.
+    """
+    return CompactBackend(config_from(settings))
+
+
+def compact(
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """`torch.compile(model, backend="compact", options={"rank": 0.25}, mode=...)`."""
+    settings = dict(options or {})
+    if mode is not None:
+        settings["mode"] = mode
+    return _named_backend(config_from(settings))(module, example_inputs)
+
+
+_named_backends: dict[str, CompactBackend] = {}
+
+
+def _named_backend(config: CompactConfig) -> CompactBackend:
+    return _named_backends.setdefault(repr(config), CompactBackend(config))
+
+
+class _Analysed(BaseException):
+    """Ends a compilation at the partitioner, with the plan; no `except Exception` may eat it."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+
+class _GraphCompiler:
+    """Compiles one graph of Dynamo's, in two phases: analyse, then compile what was planned.
+
+    Dynamo's own graph is never changed: every phase gets a copy.
+    """
+
+    def __init__(
+        self,
+        config: CompactConfig,
+        options: Mapping[str, Any],
+        module: fx.GraphModule,
+        example_inputs: Sequence[Any],
+    ) -> None:
+        self._config = config
+        self._options = options
+        self._module = module
+        self._example_inputs = list(example_inputs)
+        placeholders = module.graph.find_nodes(op="placeholder")
+        self._weights = {
+            index: _torch.qualified_name(node)
+            for index, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True))
+            if isinstance(value, torch.nn.Parameter)
+        }
+
+    def trains(self) -> bool:
+        """Whether a backward pass may be asked of this graph."""
+        weights = (self._example_inputs[index] for index in self._weights)
+        return torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+
+    def compile_untouched(self) -> Callable[..., Any]:
+        """What torch.compile does without this project."""
+        return self._compile(_torch.copy_graph_module(self._module), self._example_inputs)
+
+    def compile(self) -> tuple[Plan | None, Callable[..., Any]]:
+        """The plan, None for a graph without a backward pass, and the compiled graph."""
+        try:
+            with _torch.cold_joint_graph():
+                return None, self._compile(
+                    _torch.copy_graph_module(self._module), self._example_inputs, self._analyse
+                )
+        except _Analysed as analysed:
+            plan = analysed.plan
+        if not plan.sketched:
+            return plan, self.compile_untouched()
+
+        weights = [self._example_inputs[index] for index in self._weights]
+        schedule = KeySchedule(plan, self._config.seed, self._config.update_interval, weights)
+        owners = plan.owners
+        keys = schedule.keys([self._example_inputs[index] for index in owners])
+        module = _torch.copy_graph_module(self._module)
+        for number in range(len(keys)):
+            _torch.append_placeholder(module, f"projection_key_{number}")
+        module.recompile()
+        compiled = self._compile(
+            module,
+            [*self._example_inputs, *keys],
+            functools.partial(self._partition, plan),
+            plan,
+        )
+
+        def run(*args: Any) -> Any:
+            return compiled(*args, *schedule.keys([args[index] for index in owners]))
+
+        return plan, run
+
+    def _compile(
+        self,
+        module: fx.GraphModule,
+        example_inputs: list[Tensor],
+        partition: _torch.Partitioner | None = None,
+        plan: Plan | None = None,
+    ) -> Callable[..., Any]:
+        return _torch.compile_graph(
+            module,
+            example_inputs,
+            inner=self._config.inner,
+            options=self._options,
+            partition=partition,
+            cache_id=_cache_id(self._config, plan),
+        )
+
+    def _joint(
+        self, module: fx.GraphModule, num_fwd_outputs: int, static_inputs: Sequence[int]
+    ) -> JointGraph:
+        module.graph.eliminate_dead_code()
+        _torch.eliminate_common_subexpressions(module)
+        return JointGraph(module, num_fwd_outputs, tuple(static_inputs), self._weights)
+
+    def _analyse(
+        self, module: fx.GraphModule, num_fwd_outputs: int, static_inputs: Sequence[int]
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        with _failures_are_cannot_compact():
+            plan = choose_sites(self._joint(module, num_fwd_outputs, static_inputs), self._config)
+        raise _Analysed(plan)
+
+    def _partition(
+        self,
+        plan: Plan,
+        module: fx.GraphModule,
+        num_fwd_outputs: int,
+        static_inputs: Sequence[int],
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        first_key = len(self._example_inputs)
+        keys = tuple(range(first_key, first_key + len(plan.projections)))
+        with _failures_are_cannot_compact():
+            joint = replace(self._joint(module, num_fwd_outputs, static_inputs), key_inputs=keys)
+            rewrite_weight_grads(joint, plan)
+            cut = partition(joint, recompute=self._config.recompute)
+            expand_projections(cut.forward)
+            expand_projections(cut.backward)
+        return cut.forward, cut.backward
+
+
+@contextlib.contextmanager
+def _failures_are_cannot_compact() -> Iterator[None]:
+    """The one place where a failure in a pass becomes a graph left untouched."""
+    try:
+        yield
+    except CannotCompact:
+        raise
+    except Exception as error:
+        raise CannotCompact(f"{type(error).__name__} in a pass: {error}") from error
+
+
+def _cache_id(config: CompactConfig, plan: Plan | None) -> str:
+    """Everything that decides what the partitioner does; stands for it in the keys of caches."""
+    parts = (_source_hash(), torch.__version__, repr(config), repr(plan))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+@functools.cache
+def _source_hash() -> str:
+    """Of all source of this package and its passes: an edited pass must not hit an old entry."""
+    digest = hashlib.sha256()
+    for folder in (compact_fx.__path__[0], passes.__path__[0]):
+        for file in sorted(Path(folder).glob("*.py")):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,143 @@
+"""The one configuration object."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
+
+from compact_fx.projections import KINDS, Kind
+
+Rank = float | int
+Place = Literal["auto", "early", "late"]
+Inner = Literal["inductor", "aot_eager"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompactConfig:
+    """Settings of a compact backend; see `compact_backend`.
+
+    Attributes:
+        rank: columns of a sketch. A float in (0, 1] is a fraction of each weight's in_features,
+            an int ≥ 1 an absolute rank; a mapping of name pattern → either gives the first match,
+            and weights that match none are left alone.
+        gradients: "dense" gives every weight a `.grad` of its own shape.
+        projection: "gaussian", "rademacher", "sparse" or "orthogonal".
+        update_interval: optimizer steps after which a weight's projection changes (T in the paper).
+        seed: of all projections; the same seed and steps give the same run.
+        include: glob patterns of the qualified parameter names that may be sketched.
+        exclude: glob patterns of those that may not; wins over `include`.
+        min_features: weights with fewer in_features are left alone.
+        recompute: let the partitioner rebuild matmul inputs in the backward pass from what other
+            operators keep anyway; exact, and costs about half a percent of a step.
+        place: where sketches are taken. "auto" takes them in the forward pass where that makes an
+            activation unnecessary and in the backward pass where the activation is there anyway.
+        inner: "inductor", or "aot_eager" to run the same graphs without code generation.
+        mode: of torch.compile, such as "reduce-overhead"; goes to Inductor.
+        options: Inductor's own options.
+        strict: raise `CannotCompact` instead of compiling a graph untouched with a warning.
+    """
+
+    rank: Rank | Mapping[str, Rank] = 0.25
+    gradients: Literal["dense"] = "dense"
+    projection: Kind = "gaussian"
+    update_interval: int = 200
+    seed: int = 0
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    min_features: int = 32
+    recompute: bool = True
+    place: Place = "auto"
+    inner: Inner = "inductor"
+    mode: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, Mapping):
+            object.__setattr__(self, "rank", dict(self.rank))
+            for pattern, rank in self.rank.items():
+                _check_type("rank pattern", pattern, str)
+                _check_rank(f"rank[{pattern!r}]", rank)
+        else:
+            _check_rank("rank", self.rank)
+        if self.gradients == "sketched":
+            raise ValueError('gradients="sketched" does not exist yet; use gradients="dense"')
+        _check_choice("gradients", self.gradients, ("dense",))
+        _check_choice("projection", self.projection, KINDS)
+        _check_choice("place", self.place, get_args(Place))
+        _check_choice("inner", self.inner, get_args(Inner))
+        _check_int("update_interval", self.update_interval, 1)
+        _check_int("seed", self.seed, 0)
+        _check_int("min_features", self.min_features, 1)
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        for name in ("recompute", "strict"):
+            _check_type(name, getattr(self, name), bool)
+        if self.mode is not None:
+            _check_type("mode", self.mode, str)
+        _check_type("options", self.options, Mapping)
+        object.__setattr__(self, "options", dict(self.options))
+
+    def rank_of(self, name: str) -> Rank | None:
+        """The rank asked for of this weight, or None if no pattern names it."""
+        if not isinstance(self.rank, Mapping):
+            return self.rank
+        return next((r for p, r in self.rank.items() if fnmatchcase(name, p)), None)
+
+    def patterns(self) -> tuple[str, ...]:
+        """Every name pattern a person wrote, for a warning if it matches nothing."""
+        ranks = tuple(self.rank) if isinstance(self.rank, Mapping) else ()
+        return (*ranks, *(p for p in (*self.include, *self.exclude) if p != "*"))
+
+
+def resolve_rank(rank: Rank, in_features: int) -> int:
+    """The number of columns: a float is a fraction of in_features, rounded, at least 1."""
+    return max(1, round(rank * in_features)) if isinstance(rank, float) else rank
+
+
+def config_from(settings: Mapping[str, Any]) -> CompactConfig:
+    """A CompactConfig from keyword settings; unknown ones raise a TypeError that names the known."""
+    known = [f.name for f in fields(CompactConfig)]
+    for name in settings:
+        if name not in known:
+            raise TypeError(
+                f"{name!r} is not a setting of the compact backend; settings: {', '.join(known)} "
+                "(Inductor's own options go into `options`)"
+            )
+    return CompactConfig(**settings)
+
+
+def _check_type(name: str, value: object, expected: type) -> None:
+    if not isinstance(value, expected):
+        raise TypeError(f"{name}={value!r} must be a {expected.__name__}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
+
+
+def _check_int(name: str, value: object, smallest: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} must be an int")
+    if value < smallest:
+        raise ValueError(f"{name}={value!r} must be ≥ {smallest}")
+
+
+def _check_rank(name: str, value: object) -> None:
+    allowed = "a float in (0, 1] (fraction of in_features) or an int ≥ 1 (absolute rank)"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}={value!r} must be {allowed}")
+    if isinstance(value, float) and not (math.isfinite(value) and 0.0 < value <= 1.0):
+        raise ValueError(f"{name}={value!r} must be {allowed}")
+    if isinstance(value, int) and value < 1:
+        raise ValueError(f"{name}={value!r} must be {allowed}")
+
+
+def _patterns(name: str, value: object) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, tuple | list):
+        raise TypeError(f"{name}={value!r} must be a tuple of name patterns, such as ('*.mlp.*',)")
+    for pattern in value:
+        _check_type(f"{name} pattern", pattern, str)
+    return tuple(value)

@@ -1,0 +1,93 @@
+"""What was decided for one compiled graph: data, no graph nodes, the same on a cold and warm cache."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from compact_fx.projections import Projection
+
+Placement = Literal["early", "late"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A tensor that crosses the forward-backward boundary.
+
+    Attributes:
+        name: its node in the joint graph.
+        op: the operator that makes it.
+        shape, dtype: as text, with symbols for dynamic sizes.
+        bytes: of its storage; symbolic sizes count with their hint.
+    """
+
+    name: str
+    op: str
+    shape: str
+    dtype: str
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One use of one weight in one graph, sketched or left alone.
+
+    Attributes:
+        weight: qualified parameter name.
+        index: which graph input the weight is; `use`: which of its uses, 0 for the first.
+        in_features, out_features: 0 where its gradient is not a matrix product.
+        rank: columns of the sketch, 0 where it is left alone.
+        placement: "early" (sketch saved by the forward), "late" (made in the backward) or None.
+        reason: why it was left alone, "" if it was not.
+        sketch: which sketch of the graph; sites on one activation with one rank share it.
+        projection: index into `Plan.projections`.
+        bytes_before, bytes_after: what crosses for this use; weights on one activation count it
+            once, at the first.
+        flops_before, flops_after: of the weight gradient; a shared sketch is split evenly.
+    """
+
+    weight: str
+    index: int
+    use: int = 0
+    in_features: int = 0
+    out_features: int = 0
+    rank: int = 0
+    placement: Placement | None = None
+    reason: str = ""
+    sketch: int | None = None
+    projection: int | None = None
+    bytes_before: int = 0
+    bytes_after: int = 0
+    flops_before: int = 0
+    flops_after: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Every candidate weight of one graph and what crosses its boundary, before and after.
+
+    Attributes:
+        sites: one per use of each matrix-shaped parameter.
+        projections: the distinct ones, in the order of the graph's key inputs.
+        owners: for each projection the graph input of a weight that uses it.
+        saved_before: what torch.compile's own partition keeps; `saved_after`: what ours keeps.
+    """
+
+    sites: tuple[Site, ...]
+    projections: tuple[Projection, ...] = ()
+    owners: tuple[int, ...] = ()
+    saved_before: tuple[Saved, ...] = ()
+    saved_after: tuple[Saved, ...] = ()
+
+    @property
+    def sketched(self) -> tuple[Site, ...]:
+        """The sites that are sketched."""
+        return tuple(site for site in self.sites if site.placement is not None)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes that torch.compile's own partition keeps for the backward pass."""
+        return sum(saved.bytes for saved in self.saved_before)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes that the compacted graph keeps for the backward pass."""
+        return sum(saved.bytes for saved in self.saved_after)

@@ -1,0 +1,175 @@
+"""Random projections as a function of a key, written once in plain aten operators.
+
+The same few lines are the eager kernel of the custom op, what `expand_projections` puts into a
+graph for Inductor to fuse, and what an optimizer calls: equal on every device and every rank.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Kind = Literal["gaussian", "rademacher", "sparse", "orthogonal"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+_WORD = 0xFFFFFFFF
+# Odd multipliers below 2**31, so that a 32-bit word times one of them never overflows an int64.
+_MULTIPLIERS = (0x2C1B3C6D, 0x297A2D39)
+_DENSITY = 3  # a sparse projection keeps one entry in three (Achlioptas, 2003)
+
+
+def _mix(word: Tensor) -> Tensor:
+    """A bijection of 32-bit words, held in int64, that flips half of the bits for any change."""
+    word = ((word ^ (word >> 15)) * _MULTIPLIERS[0]) & _WORD
+    word = ((word ^ (word >> 12)) * _MULTIPLIERS[1]) & _WORD
+    return word ^ (word >> 15)
+
+
+def _row_words(key: Tensor, n: int) -> Tensor:
+    return _mix(torch.arange(n, dtype=torch.int64, device=key.device) ^ (key & _WORD))
+
+
+def _column_words(key: Tensor, n: int) -> Tensor:
+    return _mix(torch.arange(n, dtype=torch.int64, device=key.device) ^ (key >> 32))
+
+
+def _words(key: Tensor, n: int, rank: int) -> Tensor:
+    """(n, rank) independent 32-bit words: entry (i, j) depends on the key, i and j alone."""
+    return _mix(_mix(_row_words(key, n)[:, None] ^ _column_words(key, rank)) ^ 0x5BD1E995)
+
+
+def _gaussian(key: Tensor, n: int, rank: int) -> Tensor:
+    # 23 bits and a half step: uniform on (-1, 1) without its ends, exact in float32.
+    uniform = ((_words(key, n, rank) >> 9).to(torch.float32) + 0.5) * 2.0**-22 - 1.0
+    return torch.erfinv(uniform) * math.sqrt(2.0 / rank)
+
+
+def _rademacher(key: Tensor, n: int, rank: int) -> Tensor:
+    return (1.0 - 2.0 * (_words(key, n, rank) & 1).to(torch.float32)) * (1.0 / math.sqrt(rank))
+
+
+def _sparse(key: Tensor, n: int, rank: int) -> Tensor:
+    face = (_words(key, n, rank) * (2 * _DENSITY)) >> 32  # a fair die: 0 is +, 1 is -, the rest 0
+    sign = (face == 0).to(torch.float32) - (face == 1).to(torch.float32)
+    return sign * math.sqrt(_DENSITY / rank)
+
+
+def _orthogonal(key: Tensor, n: int, rank: int) -> Tensor:
+    """Random signs × randomly chosen columns of the orthonormal DCT-II, PᵀP = (n / rank)·I."""
+    signs = 1.0 - 2.0 * (_row_words(key, n) & 1).to(torch.float32)
+    # The words are distinct, so their order is one permutation on every device.
+    columns = torch.argsort(_column_words(key, n))[:rank]
+    row = torch.arange(n, dtype=torch.int64, device=key.device)
+    # The angle is reduced in integers: float32 would lose it for large n.
+    quarter_turns = ((2 * row[:, None] + 1) * columns) % (4 * n)
+    cosines = torch.cos(quarter_turns.to(torch.float32) * (math.pi / (2 * n)))
+    norms = torch.where(columns == 0, math.sqrt(1.0 / rank), math.sqrt(2.0 / rank))
+    return signs[:, None] * cosines * norms
+
+
+_DRAW: dict[str, Callable[[Tensor, int, int], Tensor]] = {
+    "gaussian": _gaussian,
+    "rademacher": _rademacher,
+    "sparse": _sparse,
+    "orthogonal": _orthogonal,
+}
+
+
+def draw(key: Tensor, n: int, rank: int, kind: str, dtype: torch.dtype) -> Tensor:
+    """P (n, rank) for a 0-d int64 key in [0, 2**63), in aten operators only; E[P Pᵀ] = I."""
+    return _DRAW[kind](key, n, rank).to(dtype)
+
+
+@torch.library.custom_op("compact_fx::random_projection", mutates_args=())
+def _random_projection(key: Tensor, n: int, rank: int, kind: str, dtype: torch.dtype) -> Tensor:
+    return draw(key, n, rank, kind, dtype)
+
+
+@_random_projection.register_fake
+def _(key: Tensor, n: int, rank: int, kind: str, dtype: torch.dtype) -> Tensor:
+    return key.new_empty((n, rank), dtype=dtype)
+
+
+RANDOM_PROJECTION = torch.ops.compact_fx.random_projection.default
+"""The projection as one graph node: (key, n, rank, kind, dtype) -> (n, rank)."""
+
+
+def salt_of(name: str) -> int:
+    """A 63-bit salt from a weight's qualified name: the same in every process and graph."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def fold_in(seed: int, salt: int, generation: int = 0) -> int:
+    """The 63-bit key of one projection from the run's seed, its salt and how often it changed."""
+    return salt_of(f"{seed}/{salt}/{generation}")
+
+
+def random_projection(
+    seed: int,
+    n: int,
+    rank: int,
+    *,
+    salt: int = 0,
+    generation: int = 0,
+    kind: Kind = "gaussian",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """A random projection P (n, rank) with E[P Pᵀ] = I (paper section 3).
+
+    Args:
+        seed: the run's seed; `generation`: how often it has changed; `salt`: from the weight.
+        n: features to project, `rank`: how many to, 1 ≤ rank (≤ n for "orthogonal").
+        kind: "gaussian" N(0, 1/rank), "rademacher" ±1/√rank, "sparse" (two in three entries
+            are 0), "orthogonal" (PᵀP = (n / rank)·I exactly, so P Pᵀ = I at rank n).
+        dtype: drawn in float32 and rounded to this.
+
+    Raises:
+        ValueError: an unknown kind, or a rank outside of what the kind allows.
+    """
+    if kind not in _DRAW:
+        raise ValueError(f"kind={kind!r} is not a projection; choose one of {', '.join(KINDS)}")
+    if rank < 1 or (kind == "orthogonal" and rank > n):
+        allowed = f"1..{n}" if kind == "orthogonal" else "≥ 1"
+        raise ValueError(f"rank={rank} is not possible for n={n}; allowed: {allowed}")
+    key = torch.tensor(fold_in(seed, salt, generation), dtype=torch.int64, device=device)
+    result: Tensor = RANDOM_PROJECTION(key, n, rank, kind, dtype)
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """What fixes one P apart from the seed and the generation.
+
+    Attributes:
+        salt: from the qualified name of the first weight sketched with it.
+        in_features: rows of P.
+        rank: columns of P.
+        kind: see `random_projection`.
+        dtype: the activation's.
+    """
+
+    salt: int
+    in_features: int
+    rank: int
+    kind: Kind
+    dtype: torch.dtype
+
+    def __call__(
+        self, seed: int, generation: int = 0, device: torch.device | str | None = None
+    ) -> Tensor:
+        """P (in_features, rank) as the compiled graph draws it."""
+        return random_projection(
+            seed,
+            self.in_features,
+            self.rank,
+            salt=self.salt,
+            generation=generation,
+            kind=self.kind,
+            dtype=self.dtype,
+            device=device,
+        )

@@ -1,0 +1,71 @@
+"""When projections change: each weight counts the optimizer steps that it has seen."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from compact_fx.plan import Plan
+from compact_fx.projections import fold_in
+
+_steps = WeakTensorKeyDictionary()
+
+
+@functools.cache
+def _count_optimizer_steps() -> None:
+    register_optimizer_step_post_hook(_on_step)
+
+
+def _on_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            if weight in _steps:
+                _steps[weight] += 1
+
+
+def track(weight: Tensor) -> None:
+    """Count the steps of every optimizer that owns this weight from now on."""
+    _count_optimizer_steps()
+    _steps.setdefault(weight, 0)
+
+
+def steps_of(weight: Tensor) -> int:
+    """Optimizer steps that this weight has seen since it was tracked."""
+    steps: int = _steps.get(weight, 0)
+    return steps
+
+
+class KeySchedule:
+    """The key inputs of one compiled graph: one 0-d int64 tensor for each of its projections.
+
+    New tensors, never new values in old ones: a backward pass that is still to come keeps the keys
+    of its own forward pass.
+    """
+
+    def __init__(self, plan: Plan, seed: int, update_interval: int, weights: Sequence[Tensor]):
+        self._salts = tuple(projection.salt for projection in plan.projections)
+        self._seed = seed
+        self._update_interval = update_interval
+        for weight in weights:
+            track(weight)
+        self._generations: tuple[int, ...] | None = None
+        self._keys: tuple[Tensor, ...] = ()
+
+    def keys(self, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The keys for this step, given for each projection a weight that uses it."""
+        generations = tuple(steps_of(weight) // self._update_interval for weight in weights)
+        if generations != self._generations:
+            device = weights[0].device
+            values = [
+                fold_in(self._seed, salt, generation)
+                for salt, generation in zip(self._salts, generations, strict=True)
+            ]
+            # One copy to the device; clones, since a view of a vector is not 16-byte aligned.
+            stacked = torch.tensor(values, dtype=torch.int64).to(device)
+            self._keys = tuple(key.clone() for key in stacked.unbind())
+            self._generations = generations
+        return self._keys

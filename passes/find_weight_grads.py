@@ -1,0 +1,161 @@
+"""Find the matmuls whose results only feed a parameter's gradient."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import fx
+
+from compact_fx.passes.joint_graph import JointGraph, is_transposition
+
+aten = torch.ops.aten
+
+# What may stand between a matmul and the gradient: relabels, rounds or adds, elementwise linear.
+_TRANSPARENT = {
+    aten.permute.default,
+    aten.t.default,
+    aten.transpose.int,
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.clone.default,
+    aten._to_copy.default,
+    torch.ops.prims.convert_element_type.default,
+    aten.add.Tensor,
+}
+
+
+@dataclass(frozen=True)
+class Use:
+    """One product of an activation and an incoming gradient that a weight's gradient consists of.
+
+    Attributes:
+        matmul: the `aten.mm` node.
+        position: which operand is the activation: 1 in `dyᵀ·x` (`F.linear`), 0 in `xᵀ·dy`
+            (GPT-2's Conv1D).
+    """
+
+    matmul: fx.Node
+    position: Literal[0, 1]
+
+    @property
+    def activation(self) -> fx.Node:
+        """x: (tokens, in_features), or its transpose where the graph has no node for it."""
+        operand = self.matmul.args[self.position]
+        assert isinstance(operand, fx.Node)
+        if self.position == 0 and is_transposition(operand):
+            return operand.args[0]  # type: ignore[return-value]
+        return operand
+
+    @property
+    def tokens(self) -> int | torch.SymInt:
+        """Rows of x; may be symbolic."""
+        size: int | torch.SymInt = self.matmul.args[0].meta["val"].shape[1]  # type: ignore[union-attr]
+        return size
+
+    @property
+    def in_features(self) -> int | torch.SymInt:
+        """Columns of x."""
+        size: int | torch.SymInt = self.matmul.meta["val"].shape[self.position]
+        return size
+
+    @property
+    def out_features(self) -> int | torch.SymInt:
+        """Columns of dy."""
+        size: int | torch.SymInt = self.matmul.meta["val"].shape[1 - self.position]
+        return size
+
+
+@dataclass(frozen=True)
+class WeightGrad:
+    """How the gradient of one matrix-shaped parameter is made.
+
+    Attributes:
+        index: which graph input the parameter is.
+        name: qualified.
+        uses: its matmuls; empty where there is none.
+        reason: why there is none, or what the gradient holds besides them; "" for neither.
+    """
+
+    index: int
+    name: str
+    uses: tuple[Use, ...] = ()
+    reason: str = ""
+
+
+def find_weight_grads(joint: JointGraph) -> tuple[WeightGrad, ...]:
+    """Find, for each parameter of two or more dimensions, the matmuls of its gradient.
+
+    ::
+
+        mm = aten.mm(dyᵀ, x)        # x only from the forward, dy from the backward
+        grad = aten.permute(mm)     # nothing but relabelling, rounding and adding in between,
+        return (..., grad)          # and nothing else reads what lies on the way
+
+    gives `WeightGrad(index, name, uses=(Use(mm, position=1),))`.
+
+    Contract: changes nothing. A matmul is in at most one `Use`; replacing it by any other estimate
+    of the same product changes the gradient of that one parameter and no other output.
+    """
+    gradients = joint.gradients()
+    finder = _Finder(joint)
+    found = []
+    for index, node in sorted(joint.weight_inputs().items()):
+        if node.meta["val"].dim() < 2:
+            continue
+        gradient = gradients.get(index)
+        if gradient is None:
+            reason = "frozen, or no gradient reaches it"
+            found.append(WeightGrad(index, joint.weights[index], reason=reason))
+        else:
+            uses, reason = finder.uses(gradient)
+            found.append(WeightGrad(index, joint.weights[index], uses, reason))
+    return tuple(found)
+
+
+class _Finder:
+    def __init__(self, joint: JointGraph) -> None:
+        self._output = joint.module.graph.output_node()
+        self._outputs = list(self._output.args[0])  # type: ignore[arg-type]
+        self._backward = joint.backward_nodes()
+        self._activations = joint.activation_nodes()
+
+    def uses(self, gradient: fx.Node) -> tuple[tuple[Use, ...], str]:
+        """Walk from the gradient up to its matmuls."""
+        if self._outputs.count(gradient) != 1:
+            return (), "its gradient is also returned elsewhere"
+        uses: list[Use] = []
+        reasons: list[str] = []
+        pending: list[tuple[fx.Node, fx.Node]] = [(gradient, self._output)]
+        while pending:
+            node, reader = pending.pop()
+            if set(node.users) != {reader}:
+                reasons.append("its gradient is also used elsewhere")
+            elif node.target is aten.mm.default:
+                use = self._use(node)
+                if use is None:
+                    reasons.append("its gradient is a product of no activation")
+                else:
+                    uses.append(use)
+            elif node.target in _TRANSPARENT and node in self._backward and not node.kwargs.get("alpha"):
+                sources = [node.args[0], node.args[1]] if node.target is aten.add.Tensor else [node.args[0]]
+                if any(not isinstance(source, fx.Node) for source in sources) or len(set(sources)) < len(sources):
+                    reasons.append("its gradient is shifted by a constant or doubled")
+                else:
+                    pending.extend((source, node) for source in sources)  # type: ignore[misc]
+            else:
+                reasons.append(f"its gradient is made by {node.target}")
+        order = {use.matmul: use for use in uses}
+        graph_order = [n for n in self._output.graph.nodes if n in order]
+        return tuple(order[node] for node in graph_order), "; ".join(dict.fromkeys(reasons))
+
+    def _use(self, matmul: fx.Node) -> Use | None:
+        for position in (0, 1):
+            activation, gradient = matmul.args[position], matmul.args[1 - position]
+            if (
+                activation not in self._backward
+                and activation in self._activations
+                and gradient in self._backward
+            ):
+                return Use(matmul, position)  # type: ignore[arg-type]
+        return None

@@ -1,0 +1,129 @@
+"""The graph that the passes work on: AOTAutograd's forward and backward in one."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from compact_fx import _torch
+from compact_fx.errors import CannotCompact
+
+
+@dataclass(frozen=True)
+class JointGraph:
+    """A joint graph and what its inputs mean.
+
+    Attributes:
+        module: outputs are the forward's, then one gradient (or None) for each input.
+        num_fwd_outputs: how many of the outputs are the forward's.
+        static_inputs: positions of placeholders that outlive the step: parameters and buffers.
+        weights: input index → qualified name, of the parameters.
+        key_inputs: input indices of the projections' keys, in the plan's order.
+    """
+
+    module: fx.GraphModule
+    num_fwd_outputs: int
+    static_inputs: tuple[int, ...]
+    weights: Mapping[int, str]
+    key_inputs: tuple[int, ...] = ()
+
+    def copy(self) -> "JointGraph":
+        """The same with a graph of its own; nodes keep their names."""
+        graph = copy.deepcopy(self.module.graph)
+        return replace(self, module=fx.GraphModule(self.module, graph))
+
+    def with_keys(self, count: int) -> "JointGraph":
+        """A copy with inputs for the keys of `count` projections, as the compiled graph has."""
+        duplicate = self.copy()
+        graph = duplicate.module.graph
+        inputs = duplicate.inputs()
+        first = max(inputs) + 1
+        last = inputs[max(inputs)]
+        weight = next(iter(duplicate.weight_inputs().values())).meta["val"]
+        for index in range(first, first + count):
+            with graph.inserting_after(last):
+                last = graph.placeholder(f"key_{index}")
+            last.meta["val"] = weight.new_empty((), dtype=torch.int64)
+            _torch.set_input_index(last, index)
+        return replace(duplicate, key_inputs=tuple(range(first, first + count)))
+
+    def inputs(self) -> dict[int, fx.Node]:
+        """Placeholders by the input of Dynamo's graph that they are."""
+        found = self.module.graph.find_nodes(op="placeholder")
+        return {i: node for node in found if (i := _torch.input_index(node)) is not None}
+
+    def gradients(self) -> dict[int, fx.Node | None]:
+        """By input index: the node of that input's gradient, None where it gets none."""
+        outputs = list(self.module.graph.output_node().args[0])  # type: ignore[arg-type]
+        descriptors = _torch.output_descriptors(self.module.graph)
+        if len(outputs) != len(descriptors):
+            raise CannotCompact("the joint graph's outputs are not described one by one")
+        pairs = list(zip(outputs, descriptors, strict=True))[self.num_fwd_outputs :]
+        return {
+            index: node  # type: ignore[misc]
+            for node, descriptor in pairs
+            if (index := _torch.gradient_index(descriptor)) is not None
+        }
+
+    def backward_nodes(self) -> set[fx.Node]:
+        """Nodes that depend on a gradient that flows in."""
+        found: set[fx.Node] = set()
+        for node in self.module.graph.nodes:
+            is_tangent = node.op == "placeholder" and "tangents" in str(node.target)
+            if is_tangent or any(source in found for source in node.all_input_nodes):
+                found.add(node)
+        return found
+
+    def activation_nodes(self) -> set[fx.Node]:
+        """Nodes that depend on an input that is no parameter and no buffer."""
+        placeholders = self.module.graph.find_nodes(op="placeholder")
+        found = set(placeholders) - self.static_placeholders()
+        for node in self.module.graph.nodes:
+            if any(source in found for source in node.all_input_nodes):
+                found.add(node)
+        return found
+
+    def static_placeholders(self) -> set[fx.Node]:
+        """Placeholders that outlive the step."""
+        placeholders = self.module.graph.find_nodes(op="placeholder")
+        return {placeholders[i] for i in self.static_inputs} | set(self.weight_inputs().values())
+
+    def weight_inputs(self) -> dict[int, fx.Node]:
+        """Placeholders of the parameters, by input index."""
+        return {index: node for index, node in self.inputs().items() if index in self.weights}
+
+
+_KEPT_META = ("stack_trace", "nn_module_stack", "seq_nr", "partitioner_tag", "custom")
+
+
+def insert(
+    graph: fx.Graph, target: Callable[..., Any], args: Sequence[Any], *, like: fx.Node, name: str
+) -> fx.Node:
+    """A new node at the insertion point, with its fake value and the provenance of `like`."""
+    values = fx.map_arg(tuple(args), lambda node: node.meta["val"])
+    with _torch.fake_mode_of(like.meta["val"]):
+        value = target(*values)
+    node = graph.create_node("call_function", target, tuple(args), name=name)
+    node.meta = {key: like.meta[key] for key in _KEPT_META if key in like.meta}
+    node.meta["val"] = value
+    return node
+
+
+def is_transposition(node: fx.Node) -> bool:
+    """Whether the node swaps the two dimensions of a matrix."""
+    aten = torch.ops.aten
+    if node.target is aten.permute.default:
+        return list(node.args[1]) == [1, 0]  # type: ignore[arg-type]
+    if node.target is aten.transpose.int:
+        return node.meta["val"].dim() == 2 and {int(a) % 2 for a in node.args[1:3]} == {0, 1}  # type: ignore[arg-type]
+    return node.target is aten.t.default
+
+
+def finish(module: fx.GraphModule) -> None:
+    """Drop what a pass made dead, check the graph and make its code current."""
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()

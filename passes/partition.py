@@ -1,0 +1,100 @@
+"""Cut the joint graph in two and say what crosses."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from compact_fx import _torch
+from compact_fx.errors import CannotCompact
+from compact_fx.passes.joint_graph import JointGraph
+from compact_fx.plan import Saved
+from compact_fx.projections import RANDOM_PROJECTION
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The two graphs and what the forward keeps for the backward.
+
+    Attributes:
+        saved_by_storage: one for each storage that is no parameter, buffer or key.
+    """
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    saved_by_storage: dict[int, Saved]
+
+    @property
+    def saved(self) -> tuple[Saved, ...]:
+        """What crosses, in the order of the forward's outputs."""
+        return tuple(self.saved_by_storage.values())
+
+    @property
+    def storages(self) -> set[int]:
+        """The storages that cross, to ask whether an activation does."""
+        return set(self.saved_by_storage)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that cross."""
+        return sum(saved.bytes for saved in self.saved)
+
+
+def partition(joint: JointGraph, *, recompute: bool) -> Partition:
+    """Split a joint graph with torch's min-cut.
+
+    ::
+
+        joint(primals, tangents) -> outputs, gradients
+        forward(primals) -> outputs, saved        backward(saved, tangents) -> gradients
+
+    Args:
+        joint: taken over.
+        recompute: matmul inputs may be rebuilt in the backward pass.
+
+    Raises:
+        CannotCompact: a projection would be saved instead of drawn again.
+
+    Contract: both graphs together compute what the joint graph does.
+    """
+    forward, backward = _torch.min_cut(
+        joint.module,
+        joint.num_fwd_outputs,
+        joint.static_inputs,
+        recompute_matmul_inputs=recompute,
+    )
+    placeholders = forward.graph.find_nodes(op="placeholder")
+    free = {node for i, node in enumerate(placeholders) if i in joint.static_inputs}
+    free |= {node for node in placeholders if _torch.input_index(node) in joint.key_inputs}
+    saved: dict[int, Saved] = {}
+    for node in list(forward.graph.output_node().args[0])[joint.num_fwd_outputs :]:  # type: ignore[arg-type]
+        if not isinstance(node, fx.Node):
+            continue
+        if node.target is RANDOM_PROJECTION:
+            raise CannotCompact("the partitioner would save a projection")
+        if node not in free and isinstance(node.meta["val"], torch.Tensor):
+            saved.setdefault(storage_of(node), _describe(node))
+    return Partition(forward, backward, saved)
+
+
+def storage_of(node: fx.Node) -> int:
+    """An identity of the storage behind a node's value."""
+    try:
+        return int(node.meta["val"].untyped_storage()._cdata)
+    except NotImplementedError:  # a sparse or opaque tensor has none
+        return id(node)
+
+
+def _describe(node: fx.Node) -> Saved:
+    value = node.meta["val"]
+    try:
+        size = _torch.size_hint(value.untyped_storage().nbytes())
+    except NotImplementedError:
+        size = _torch.size_hint(value.numel()) * value.element_size()
+    return Saved(
+        name=node.name,
+        op=str(node.target),
+        shape=str(tuple(value.shape)),
+        dtype=str(value.dtype).removeprefix("torch."),
+        bytes=size,
+    )

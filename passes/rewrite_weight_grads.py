@@ -1,0 +1,101 @@
+"""Put the sketches of a plan into the joint graph."""
+
+import torch
+from torch import fx
+
+from compact_fx import _torch
+from compact_fx.errors import CannotCompact
+from compact_fx.passes.find_weight_grads import Use, find_weight_grads
+from compact_fx.passes.joint_graph import JointGraph, finish, insert
+from compact_fx.plan import Plan, Site
+from compact_fx.projections import RANDOM_PROJECTION
+
+aten = torch.ops.aten
+
+
+def rewrite_weight_grads(joint: JointGraph, plan: Plan) -> dict[int, fx.Node]:
+    """Replace each planned weight gradient `dyᵀ x` by `(dyᵀ z) Pᵀ` with the sketch `z = x P`.
+
+    Before::
+
+        mm = aten.mm(dyᵀ, x)                                  # (m, n), x crosses the boundary
+
+    After::
+
+        P = compact_fx.random_projection(key, n, r, kind, dtype)   # (n, r), drawn on both sides
+        z = aten.mm(x, P)                                     # (tokens, r), crosses in x's place
+        factor = aten.mm(dyᵀ, z)                              # (m, r)
+        mm = aten.mm(factor, Pᵀ)                              # (m, n)
+
+    and `xᵀ dy` by `P (zᵀ dy)`. Sites on one activation with one projection share P and z. A late
+    z is marked to be computed in the backward pass; an early one is left to the partitioner, which
+    saves the results of matmuls.
+
+    Args:
+        joint: changed in place; has one 0-d int64 key input for each of the plan's projections.
+        plan: decides everything.
+
+    Returns:
+        The node of each sketch z.
+
+    Raises:
+        CannotCompact: the graph does not have a site of the plan.
+
+    Contract: only the gradients of the plan's sketched sites change. Source: paper section 3.
+    """
+    inputs = joint.inputs()
+    keys = [inputs[index] for index in joint.key_inputs]
+    uses = {
+        (grad.index, i): use
+        for grad in find_weight_grads(joint)
+        for i, use in enumerate(grad.uses)
+    }
+    sketches: dict[int, tuple[fx.Node, fx.Node]] = {}
+    for site in plan.sketched:
+        use = uses.get((site.index, site.use))
+        if use is None or (use.in_features, use.out_features) != (site.in_features, site.out_features):
+            raise CannotCompact(f"the gradient of {site.weight} is not the one that was planned for")
+        assert site.sketch is not None and site.projection is not None
+        if site.sketch not in sketches:
+            key = keys[site.projection]
+            sketches[site.sketch] = _sketch(joint.module.graph, use, site, plan, key)
+        _replace(joint.module.graph, use, *sketches[site.sketch])
+    finish(joint.module)
+    return {i: sketch for i, (_, sketch) in sketches.items()}
+
+
+def _sketch(
+    graph: fx.Graph, use: Use, site: Site, plan: Plan, key: fx.Node
+) -> tuple[fx.Node, fx.Node]:
+    assert site.projection is not None
+    x = use.activation
+    projection = plan.projections[site.projection]
+    with graph.inserting_after(x):
+        if x is use.matmul.args[0]:  # xᵀ that is no transposition of another node
+            x = insert(graph, aten.permute.default, (x, [1, 0]), like=x, name="activation")
+    with graph.inserting_after(x):
+        args = (key, projection.in_features, projection.rank, projection.kind, projection.dtype)
+        drawn = insert(graph, RANDOM_PROJECTION, args, like=x, name="projection")
+    with graph.inserting_after(drawn):
+        sketch = insert(graph, aten.mm.default, (x, drawn), like=x, name="sketch")
+    # P is drawn again on each side: it is a function of its key, and saving it would cost memory.
+    _torch.mark_recomputed(drawn)
+    if site.placement == "late":
+        _torch.mark_recomputed(sketch)
+    return drawn, sketch
+
+
+def _replace(graph: fx.Graph, use: Use, drawn: fx.Node, sketch: fx.Node) -> None:
+    old = use.matmul
+    gradient = old.args[1 - use.position]
+    with graph.inserting_before(old):
+        if use.position == 1:
+            factor = insert(graph, aten.mm.default, (gradient, sketch), like=old, name="factor")
+            drawn_t = insert(graph, aten.permute.default, (drawn, [1, 0]), like=old, name="back")
+            new = insert(graph, aten.mm.default, (factor, drawn_t), like=old, name="weight_grad")
+        else:
+            sketch_t = insert(graph, aten.permute.default, (sketch, [1, 0]), like=old, name="rows")
+            factor = insert(graph, aten.mm.default, (sketch_t, gradient), like=old, name="factor")
+            new = insert(graph, aten.mm.default, (drawn, factor), like=old, name="weight_grad")
+    old.replace_all_uses_with(new)
+    graph.erase_node(old)
