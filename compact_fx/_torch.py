@@ -14,11 +14,8 @@ import torch._functorch.config as functorch_config
 from torch import fx
 from torch._functorch._aot_autograd.descriptors import GradAOTOutput, PlainAOTInput
 from torch._functorch.aot_autograd import aot_module_simplified
-from torch._functorch.compile_utils import fx_graph_cse, get_aten_target
-from torch._functorch.partitioners import (
-    get_default_op_list,
-    min_cut_rematerialization_partition,
-)
+from torch._functorch.compile_utils import fx_graph_cse
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import detect_fake_mode
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
@@ -104,29 +101,9 @@ def eliminate_common_subexpressions(module: fx.GraphModule) -> None:
         module.graph = fx_graph_cse(module.graph)
 
 
-def is_cheap(node: fx.Node) -> bool:
-    """Whether the partitioner counts the operator as free to run again in the backward pass."""
-    ops = get_default_op_list()
-    return bool(ops.is_recomputable(node)) and not ops.is_random(node)
-
-
-def is_view(node: fx.Node) -> bool:
-    """Whether the operator only looks at its input's storage in another way."""
-    return bool(get_default_op_list().is_view(node)) or get_aten_target(node) in (
-        torch.ops.aten._unsafe_view,
-        torch.ops.aten.transpose,
-    )
-
-
 def mark_recomputed(node: fx.Node) -> None:
     """Never save this node: each side of the boundary that needs it computes it."""
     node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-
-
-def is_recomputed(node: fx.Node) -> bool:
-    """Whether activation checkpointing, or `mark_recomputed`, has the backward compute this."""
-    policies = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
-    return node.meta.get("recompute") in policies
 
 
 def fake_mode_of(value: object) -> contextlib.AbstractContextManager[Any]:

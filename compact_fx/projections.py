@@ -17,29 +17,34 @@ Kind = Literal["gaussian", "rademacher", "sparse", "orthogonal"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _WORD = 0xFFFFFFFF
-# Odd multipliers below 2**31, so that a 32-bit word times one of them never overflows an int64.
-_MULTIPLIERS = (0x2C1B3C6D, 0x297A2D39)
+# Odd and below 2**31, so that a 32-bit word times one of them never overflows an int64.
+_MULTIPLIERS = (0x2C1B3C6D, 0x297A2D39, 0x5BD1E995)
 _DENSITY = 3  # a sparse projection keeps one entry in three (Achlioptas, 2003)
 
 
-def _mix(word: Tensor) -> Tensor:
-    """A bijection of 32-bit words, held in int64, that flips half of the bits for any change."""
-    word = ((word ^ (word >> 15)) * _MULTIPLIERS[0]) & _WORD
-    word = ((word ^ (word >> 12)) * _MULTIPLIERS[1]) & _WORD
-    return word ^ (word >> 15)
+def _fold(product: Tensor) -> Tensor:
+    """A 32-bit word, held in int64, from both halves of a product below 2**63.
+
+    Multiplying and folding is how wyhash mixes. It reads its input twice, xorshift rounds read it
+    many more times, and Inductor's time to compile a pointwise chain doubles with each.
+    """
+    return (product ^ (product >> 32)) & _WORD
 
 
 def _row_words(key: Tensor, n: int) -> Tensor:
-    return _mix(torch.arange(n, dtype=torch.int64, device=key.device) ^ (key & _WORD))
+    index = torch.arange(n, dtype=torch.int64, device=key.device)
+    return _fold(_fold((index ^ (key & _WORD)) * _MULTIPLIERS[0]) * _MULTIPLIERS[1])
 
 
 def _column_words(key: Tensor, n: int) -> Tensor:
-    return _mix(torch.arange(n, dtype=torch.int64, device=key.device) ^ (key >> 32))
+    index = torch.arange(n, dtype=torch.int64, device=key.device)
+    return _fold(_fold((index ^ (key >> 32)) * _MULTIPLIERS[1]) * _MULTIPLIERS[2])
 
 
 def _words(key: Tensor, n: int, rank: int) -> Tensor:
     """(n, rank) independent 32-bit words: entry (i, j) depends on the key, i and j alone."""
-    return _mix(_mix(_row_words(key, n)[:, None] ^ _column_words(key, rank)) ^ 0x5BD1E995)
+    product = _row_words(key, n)[:, None] * (_column_words(key, rank) >> 1)
+    return ((_fold(product) * _MULTIPLIERS[2]) >> 20) & _WORD
 
 
 def _gaussian(key: Tensor, n: int, rank: int) -> Tensor:
@@ -61,8 +66,7 @@ def _sparse(key: Tensor, n: int, rank: int) -> Tensor:
 def _orthogonal(key: Tensor, n: int, rank: int) -> Tensor:
     """Random signs × randomly chosen columns of the orthonormal DCT-II, PᵀP = (n / rank)·I."""
     signs = 1.0 - 2.0 * (_row_words(key, n) & 1).to(torch.float32)
-    # The words are distinct, so their order is one permutation on every device.
-    columns = torch.argsort(_column_words(key, n))[:rank]
+    columns = torch.argsort(_column_words(key, n), stable=True)[:rank]
     row = torch.arange(n, dtype=torch.int64, device=key.device)
     # The angle is reduced in integers: float32 would lose it for large n.
     quarter_turns = ((2 * row[:, None] + 1) * columns) % (4 * n)

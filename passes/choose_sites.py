@@ -1,6 +1,6 @@
 """Decide which weight gradients are sketched, and on which side of the boundary."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -10,7 +10,7 @@ from compact_fx import _torch
 from compact_fx.config import CompactConfig, resolve_rank
 from compact_fx.passes.find_weight_grads import Use, WeightGrad, find_weight_grads
 from compact_fx.passes.joint_graph import JointGraph
-from compact_fx.passes.partition import Partition, partition, storage_of
+from compact_fx.passes.partition import Partition, bytes_of, is_tensor, partition, storage_of
 from compact_fx.passes.rewrite_weight_grads import rewrite_weight_grads
 from compact_fx.plan import Placement, Plan, Site
 from compact_fx.projections import Projection, salt_of
@@ -26,8 +26,8 @@ def choose_sites(joint: JointGraph, config: CompactConfig) -> Plan:
         o = attention(q, k, v); y = o Wo     # attention's backward keeps o anyway: late,
         grad_o = dyᵀ o                       #   z is made there, nothing more crosses
 
-    What the backward has anyway is read off torch's own partition of the graph with all sketches
-    early; of the placements tried, the one that keeps the fewest bytes wins.
+    First all sketches are late, and torch's own partition shows which saved tensors would then
+    cross for a sketch alone; where these take at least the bytes of the sketch, it becomes early.
 
     Contract: changes nothing. With `place="auto"`, `bytes_after` ≤ `bytes_before`, which is
     torch.compile's own partition; if no placement reaches that, nothing is sketched. Source: paper
@@ -37,8 +37,11 @@ def choose_sites(joint: JointGraph, config: CompactConfig) -> Plan:
     plan = _draft(joint, config)
     if not plan.projections:
         return replace(plan, saved_before=before.saved, saved_after=before.saved)
-    trials = list(_trials(joint, plan, config, before))
-    best = min(trials, key=lambda trial: trial.cut.bytes)
+    everything = {site.sketch for site in plan.sketched}
+    best = _try(joint, _early(plan, everything) if config.place == "early" else plan, config)
+    if config.place == "auto" and (early := best.smaller_early()):
+        trial = _try(joint, _early(plan, early), config)
+        best = min(best, trial, key=lambda trial: trial.cut.bytes)
     if config.place == "auto" and best.cut.bytes > before.bytes:
         reason = f"sketching keeps {best.cut.bytes - before.bytes} bytes more than without"
         sites = tuple(_left_alone(s, s.reason or reason) for s in plan.sites)
@@ -60,50 +63,39 @@ class _Trial:
     """
 
     plan: Plan
-    joint: JointGraph
     cut: Partition
     activations: dict[int, fx.Node]
     sketches: dict[int, fx.Node]
 
-    def crossing(self) -> set[int]:
-        """Sketches whose whole activation crosses the boundary."""
-        return {i for i, x in self.activations.items() if storage_of(x) in self.cut.storages}
+    def smaller_early(self) -> set[int]:
+        """Late sketches that take no more bytes than what crosses for their sake alone."""
+        nodes = {node.name: node for node in self.cut.backward.graph.nodes}
+        sketches = {i: nodes[z.name] for i, z in self.sketches.items() if z.name in nodes}
+        output = self.cut.backward.graph.output_node()
+        needed_anyway = self._read_by(output, stop=set(sketches.values()))
+        groups: list[tuple[set[int], set[int]]] = []  # sketches, and the storages only they read
+        for i, z in sketches.items():
+            members, storages = {i}, self._read_by(z) - needed_anyway
+            for group in [group for group in groups if group[1] & storages]:
+                groups.remove(group)
+                members, storages = members | group[0], storages | group[1]
+            groups.append((members, storages))
+        early: set[int] = set()
+        for members, storages in groups:
+            whole = sum(self.cut.saved_by_storage[storage].bytes for storage in storages)
+            if whole >= sum(bytes_of(sketches[i]) for i in members):
+                early |= members
+        return early
 
-    def available(self, recompute: bool) -> set[int]:
-        """Sketches whose activation the backward has, or can rebuild by views and pointwise work."""
-        present = {node.name for node in self.cut.backward.graph.nodes if node.op != "output"}
-        static = self.joint.static_placeholders()
-        has: set[fx.Node] = set()
-        for node in next(iter(self.activations.values())).graph.nodes:
-            rebuilt = _torch.is_view(node) or (recompute and _torch.is_cheap(node))
-            if (
-                node.name in present
-                or node in static
-                or _torch.is_recomputed(node)
-                or (rebuilt and node.all_input_nodes and has.issuperset(node.all_input_nodes))
-            ):
-                has.add(node)
-        return {i for i, x in self.activations.items() if x in has} | self.crossing()
-
-
-def _trials(
-    joint: JointGraph, plan: Plan, config: CompactConfig, before: Partition
-) -> Iterator[_Trial]:
-    everything = {site.sketch for site in plan.sketched}
-    if config.place != "auto":
-        yield _try(joint, _placed(plan, everything if config.place == "late" else ()), config)
-        return
-    yield (early := _try(joint, plan, config))
-    smallest = early.cut.bytes
-    if late := early.available(config.recompute):
-        yield (mixed := _try(joint, _placed(plan, late), config))
-        smallest = min(smallest, mixed.cut.bytes)
-        # The partitioner would rather save these than rebuild them: a sketch is smaller.
-        if needless := mixed.crossing() - early.crossing():
-            yield (settled := _try(joint, _placed(plan, late - needless), config))
-            smallest = min(smallest, settled.cut.bytes)
-    if smallest > before.bytes:
-        yield _try(joint, _placed(plan, everything), config)
+    def _read_by(self, node: fx.Node, stop: Set[fx.Node] = frozenset()) -> set[int]:
+        """Storages crossing the boundary that a node of the backward graph depends on."""
+        seen, pending = {node}, [node]
+        while pending:
+            sources = set(pending.pop().all_input_nodes) - seen - stop
+            seen |= sources
+            pending += sources
+        saved = {storage_of(n) for n in seen if n.op == "placeholder" and is_tensor(n)}
+        return saved & self.cut.storages
 
 
 def _try(joint: JointGraph, plan: Plan, config: CompactConfig) -> _Trial:
@@ -115,18 +107,18 @@ def _try(joint: JointGraph, plan: Plan, config: CompactConfig) -> _Trial:
         if site.sketch is not None
     }
     sketches = rewrite_weight_grads(copy, plan)
-    return _Trial(plan, copy, partition(copy, recompute=config.recompute), activations, sketches)
+    return _Trial(plan, partition(copy, recompute=config.recompute), activations, sketches)
 
 
 def _uses(grads: Iterable[WeightGrad]) -> dict[tuple[int, int], Use]:
     return {(grad.index, i): use for grad in grads for i, use in enumerate(grad.uses)}
 
 
-def _placed(plan: Plan, late: Iterable[int | None]) -> Plan:
-    late = set(late)
+def _early(plan: Plan, early: Set[int | None]) -> Plan:
+    """The plan with these sketches early and the others late."""
 
     def place(site: Site) -> Placement | None:
-        return site.placement and ("late" if site.sketch in late else "early")
+        return site.placement and ("early" if site.sketch in early else "late")
 
     return replace(plan, sites=tuple(replace(s, placement=place(s)) for s in plan.sites))
 
@@ -144,7 +136,7 @@ def _left_alone(site: Site, reason: str) -> Site:
 
 
 def _draft(joint: JointGraph, config: CompactConfig) -> Plan:
-    """Every site with its rank, sketch, projection and FLOPs, all early."""
+    """Every site with its rank, sketch, projection and FLOPs, all late."""
     grads = find_weight_grads(joint)
     uses = _uses(grads)
     sites: list[Site] = []
@@ -200,7 +192,7 @@ def _site(grad: WeightGrad, position: int, use: Use, config: CompactConfig) -> S
         return replace(bare, reason=f"rank {columns} > in_features {n}")
     if not use.activation.meta["val"].dtype.is_floating_point:
         return replace(bare, reason=f"its input is {use.activation.meta['val'].dtype}")
-    return replace(bare, rank=columns, placement="early")
+    return replace(bare, rank=columns, placement="late")
 
 
 def _salts(sites: Iterable[Site], uses: dict[tuple[int, int], Use]) -> dict[str, int]:
@@ -209,17 +201,16 @@ def _salts(sites: Iterable[Site], uses: dict[tuple[int, int], Use]) -> dict[str,
     It comes from the first of their names: a weight used twice, or in two graphs, is sketched with
     one projection, and so can its gradients be added.
     """
-    connected: dict[object, set[str]] = {}
+    group_of: dict[object, set[str]] = {}
     for site in sites:
-        if site.placement is not None:
-            x = uses[site.index, site.use].activation
-            names = connected.get(x, set()) | connected.get(site.weight, set()) | {site.weight}
-            for member in (x, *names):
-                connected[member] = names
-            for other, members in connected.items():
-                if members & names:
-                    connected[other] = names
-    return {site.weight: salt_of(min(connected.get(site.weight, {""}))) for site in sites}
+        if site.placement is None:
+            continue
+        group = {site.weight}
+        for member in (site.weight, uses[site.index, site.use].activation):
+            group |= group_of.get(member, set())
+            group_of[member] = group
+        group_of.update(dict.fromkeys(group, group))
+    return {site.weight: salt_of(min(group_of.get(site.weight, {""}))) for site in sites}
 
 
 def _with_flops(

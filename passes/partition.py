@@ -72,9 +72,14 @@ def partition(joint: JointGraph, *, recompute: bool) -> Partition:
             continue
         if node.target is RANDOM_PROJECTION:
             raise CannotCompact("the partitioner would save a projection")
-        if node not in free and isinstance(node.meta["val"], torch.Tensor):
+        if node not in free and is_tensor(node):
             saved.setdefault(storage_of(node), _describe(node))
     return Partition(forward, backward, saved)
+
+
+def is_tensor(node: fx.Node) -> bool:
+    """Whether the node's value is a tensor, and not a symbolic size."""
+    return isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def storage_of(node: fx.Node) -> int:
@@ -85,16 +90,21 @@ def storage_of(node: fx.Node) -> int:
         return id(node)
 
 
-def _describe(node: fx.Node) -> Saved:
+def bytes_of(node: fx.Node) -> int:
+    """Bytes of the storage behind a node's value; symbolic sizes count with their hint."""
     value = node.meta["val"]
     try:
-        size = _torch.size_hint(value.untyped_storage().nbytes())
+        return _torch.size_hint(value.untyped_storage().nbytes())
     except NotImplementedError:
-        size = _torch.size_hint(value.numel()) * value.element_size()
+        return _torch.size_hint(value.numel()) * int(value.element_size())
+
+
+def _describe(node: fx.Node) -> Saved:
+    value = node.meta["val"]
     return Saved(
         name=node.name,
         op=str(node.target),
         shape=str(tuple(value.shape)),
         dtype=str(value.dtype).removeprefix("torch."),
-        bytes=size,
+        bytes=bytes_of(node),
     )
