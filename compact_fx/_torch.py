@@ -155,13 +155,14 @@ def trace(function: Callable[..., Any], *args: torch.Tensor) -> fx.GraphModule:
 
 
 class _Partitioner(CustomPartitionerFn):  # type: ignore[misc]
-    def __init__(self, partition: Partitioner, cache_id: str) -> None:
+    def __init__(self, partition: Partitioner | None, cache_id: str) -> None:
         self._partition = partition
         self._cache_id = cache_id
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        assert self._partition is not None
         return self._partition(
             gm, kwargs["num_fwd_outputs"], kwargs.get("static_lifetime_input_indices") or ()
         )
@@ -169,6 +170,10 @@ class _Partitioner(CustomPartitionerFn):  # type: ignore[misc]
     def uuid(self) -> str:
         # Never None: AOTAutogradCache takes that for "no partitioner" and would skip changed passes.
         return self._cache_id
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Inductor pickles its settings into cache keys: the closure would bring every weight along.
+        return (_Partitioner, (None, self._cache_id))
 
 
 def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:

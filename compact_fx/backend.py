@@ -263,7 +263,8 @@ def _failures_are_cannot_compact() -> Iterator[None]:
     except CannotCompact:
         raise
     except Exception as error:
-        raise CannotCompact(f"{type(error).__name__} in a pass: {error}") from error
+        first_line = next(iter(str(error).splitlines()), "")
+        raise CannotCompact(f"{type(error).__name__} in a pass: {first_line}") from error
 
 
 def _cache_id(config: CompactConfig, plan: Plan | None) -> str:

@@ -87,9 +87,14 @@ class JointGraph:
         return found
 
     def static_placeholders(self) -> set[fx.Node]:
-        """Placeholders that outlive the step."""
+        """Placeholders that outlive the step: parameters, buffers and keys."""
         placeholders = self.module.graph.find_nodes(op="placeholder")
-        return {placeholders[i] for i in self.static_inputs} | set(self.weight_inputs().values())
+        lasting = {*self.weights, *self.key_inputs}
+        return {
+            node
+            for position, node in enumerate(placeholders)
+            if position in self.static_inputs or _torch.input_index(node) in lasting
+        }
 
     def weight_inputs(self) -> dict[int, fx.Node]:
         """Placeholders of the parameters, by input index."""

@@ -63,16 +63,14 @@ def partition(joint: JointGraph, *, recompute: bool) -> Partition:
         joint.static_inputs,
         recompute_matmul_inputs=recompute,
     )
-    placeholders = forward.graph.find_nodes(op="placeholder")
-    free = {node for i, node in enumerate(placeholders) if i in joint.static_inputs}
-    free |= {node for node in placeholders if _torch.input_index(node) in joint.key_inputs}
+    # Views of parameters cross as well; their storages are there anyway.
+    free = {storage_of(node) for node in joint.static_placeholders()}
     saved: dict[int, Saved] = {}
-    for node in list(forward.graph.output_node().args[0])[joint.num_fwd_outputs :]:  # type: ignore[arg-type]
-        if not isinstance(node, fx.Node):
-            continue
-        if node.target is RANDOM_PROJECTION:
+    outputs = list(forward.graph.output_node().args[0])  # type: ignore[arg-type]
+    for node in outputs[joint.num_fwd_outputs :]:
+        if isinstance(node, fx.Node) and node.target is RANDOM_PROJECTION:
             raise CannotCompact("the partitioner would save a projection")
-        if node not in free and is_tensor(node):
+        if isinstance(node, fx.Node) and is_tensor(node) and storage_of(node) not in free:
             saved.setdefault(storage_of(node), _describe(node))
     return Partition(forward, backward, saved)
 

@@ -70,10 +70,12 @@ def _sketch(
     assert site.projection is not None
     x = use.activation
     projection = plan.projections[site.projection]
-    with graph.inserting_after(x):
+    # Behind the inputs even where x is one itself: the key is an input too.
+    before = x if x.op != "placeholder" else graph.find_nodes(op="placeholder")[-1]
+    with graph.inserting_after(before):
         if x is use.matmul.args[0]:  # xᵀ that is no transposition of another node
-            x = insert(graph, aten.permute.default, (x, [1, 0]), like=x, name="activation")
-    with graph.inserting_after(x):
+            before = x = insert(graph, aten.permute.default, (x, [1, 0]), like=x, name="rows")
+    with graph.inserting_after(before):
         args = (key, projection.in_features, projection.rank, projection.kind, projection.dtype)
         drawn = insert(graph, RANDOM_PROJECTION, args, like=x, name="projection")
     with graph.inserting_after(drawn):

@@ -1,0 +1,247 @@
+"""The backend object: settings reach it, failures leave things whole, seeds and steps are right."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import compact_fx.backend
+from compact_fx import CannotCompact, compact_backend
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32), nn.Tanh(), nn.Linear(32, 8)
+    )
+
+
+def batch() -> torch.Tensor:
+    return torch.randn(128, 64, generator=torch.Generator().manual_seed(2))
+
+
+def backend(**settings):
+    return compact_backend(**{"inner": "aot_eager", "strict": True, "rank": 0.25} | settings)
+
+
+def losses(steps: int, optimizer_of=None, model=None, micro_batches: int = 1, **settings):
+    """Losses of a training run, its backend and its model."""
+    model = model or mlp()
+    compact = backend(**settings)
+    step = torch.compile(model, backend=compact)
+    optimizer = (optimizer_of or (lambda w: torch.optim.AdamW(w, lr=1e-2)))(model.parameters())
+    found = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        for _ in range(micro_batches):
+            loss = step(batch()).pow(2).mean()
+            loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found, compact, model
+
+
+def test_same_seed_same_losses():
+    """Bit for bit, over changes of the projections; another seed gives others."""
+    first, *_ = losses(12, update_interval=4)
+    torch._dynamo.reset()
+    assert losses(12, update_interval=4)[0] == first
+    torch._dynamo.reset()
+    assert losses(12, update_interval=4, seed=1)[0] != first
+
+
+def test_no_recompilation_over_three_intervals():
+    """The keys are inputs of the graph, so their change is none of Dynamo's business."""
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        _, compact, _ = losses(13, update_interval=4)
+    assert len(compact.plans) == 1
+
+
+def test_projection_changes_with_the_optimizer_only(expected_gradients, relative_error):
+    """Within one step all micro-batches see one projection; after the interval another."""
+    model, compact = mlp(), backend(update_interval=2)
+    step = torch.compile(model, backend=compact)
+    exact_model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    other = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.0)
+    exact_model(batch()).pow(2).mean().backward()
+    exact = {name: weight.grad for name, weight in exact_model.named_parameters()}
+    for steps in range(5):
+        for micro_batches in (1, 2, 3):
+            step(batch()).pow(2).mean().backward()
+            other.step()
+            for name, gradient in expected_gradients(exact, compact, steps // 2).items():
+                actual = model.get_parameter(name).grad / micro_batches
+                assert relative_error(actual, gradient) < 1e-4, (name, steps)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_backward_after_a_change_uses_the_forwards_projection(expected_gradients, relative_error):
+    """A graph that is still alive when the projections change keeps its own keys."""
+    model, compact = mlp(), backend(update_interval=1, recompute=False, place="early")
+    step = torch.compile(model, backend=compact)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    exact_model = mlp()
+    exact_model(batch()).pow(2).mean().backward()
+    exact = {name: weight.grad for name, weight in exact_model.named_parameters()}
+    loss = step(batch()).pow(2).mean()
+    model.zero_grad()
+    optimizer.step()
+    loss.backward()
+    for name, gradient in expected_gradients(exact, compact, 0).items():
+        assert relative_error(model.get_parameter(name).grad, gradient) < 1e-4, name
+
+
+def test_no_grad_and_eval_cost_nothing(monkeypatch):
+    """Graphs without a backward pass are compiled as they are, without analysis."""
+    model, compact = mlp(), backend()
+    monkeypatch.setattr(compact_fx.backend, "choose_sites", lambda *_: pytest.fail("analysed"))
+    expected = mlp()(batch())
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend=compact)(batch()), expected)
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        torch.compile(model.eval(), backend=compact)(batch())
+    torch._dynamo.reset()
+    torch.compile(model.requires_grad_(False), backend=compact)(batch())
+    assert compact.plans == []
+
+
+def test_frozen_and_excluded_weights_have_reasons():
+    """Left-alone weights get exact gradients and say why in the plan."""
+    model, reference = mlp(), mlp()
+    model[2].weight.requires_grad_(False)
+    compact = backend(exclude=("4.*",))
+    torch.compile(model, backend=compact)(batch()).pow(2).mean().backward()
+    reference(batch()).pow(2).mean().backward()
+    reasons = {site.weight: site.reason for site in compact.plans[0].sites}
+    assert reasons == {
+        "0.weight": "",
+        "2.weight": "frozen, or no gradient reaches it",
+        "4.weight": "in exclude",
+    }
+    torch.testing.assert_close(model[4].weight.grad, reference[4].weight.grad)
+    assert model[2].weight.grad is None
+
+
+@pytest.mark.parametrize("name", ["choose_sites", "rewrite_weight_grads", "expand_projections"])
+def test_a_failing_pass_leaves_everything_whole(monkeypatch, name):
+    """A warning says why, the gradients are exact, and Dynamo's graph is as it was."""
+
+    def fail(*_):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(compact_fx.backend, name, fail)
+    graphs = []
+
+    class Watched:
+        def __call__(self, module, inputs):
+            before = module.print_readable(print_output=False)
+            compiled = compact(module, inputs)
+            graphs.append((before, module.print_readable(print_output=False)))
+            return compiled
+
+    compact = backend(strict=False)
+    model, reference = mlp(), mlp()
+    with pytest.warns(UserWarning, match="without sketches: RuntimeError in a pass: planted"):
+        torch.compile(model, backend=Watched())(batch()).pow(2).mean().backward()
+    reference(batch()).pow(2).mean().backward()
+    for mine, other in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
+    assert graphs[0][0] == graphs[0][1]
+    assert compact.plans == []
+
+
+def test_strict_raises(monkeypatch):
+    """With strict=True a person hears of it at once."""
+    monkeypatch.setattr(
+        compact_fx.backend,
+        "choose_sites",
+        lambda *_: (_ for _ in ()).throw(RuntimeError("planted")),
+    )
+    with pytest.raises(Exception, match="planted") as caught:
+        torch.compile(mlp(), backend=backend())(batch())
+    assert CannotCompact.__name__ in str(caught.value)
+
+
+def test_pattern_without_match_warns_with_the_nearest():
+    """A typo in a pattern is not silent."""
+    with pytest.warns(UserWarning, match=r"'1\.weight' matches no weight.*0\.weight"):
+        torch.compile(mlp(), backend=backend(exclude=("1.weight",)))(batch())
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.compile(mlp(), backend=backend(exclude=("4.weight",)))(batch())
+
+
+def test_rank_above_in_features_is_left_alone():
+    """An absolute rank that does not fit has its reason."""
+    compact = backend(rank=80)
+    torch.compile(mlp(), backend=compact)(batch()).sum().backward()
+    reasons = {site.weight: site.reason for site in compact.plans[0].sites}
+    assert reasons["0.weight"] == "rank 80 > in_features 64"
+    assert reasons["2.weight"] == ""
+
+
+def test_entry_point_takes_settings_and_mode():
+    """torch.compile(backend="compact") is the same backend."""
+    model, reference = mlp(), mlp()
+    options = {"rank": 1.0, "projection": "orthogonal", "inner": "aot_eager", "strict": True}
+    compiled = torch.compile(model, backend="compact", options=options)
+    compiled(batch()).pow(2).mean().backward()
+    reference(batch()).pow(2).mean().backward()
+    for mine, other in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-6)
+    with pytest.raises(Exception, match="'rnak' is not a setting"):
+        torch.compile(mlp(), backend="compact", options={"rnak": 0.5})(batch())
+    with pytest.raises(Exception, match="mode='fastest'"):
+        torch.compile(mlp(), backend="compact", mode="fastest")(batch())
+
+
+def test_torch_compiles_options_are_refused():
+    """They would be lost: the backend object has its own."""
+    with pytest.raises(Exception, match="would be lost"):
+        torch.compile(mlp(), backend=backend(), options={"max_autotune": True})(batch())
+
+
+def test_report_lists_every_weight():
+    """Before and after a compilation."""
+    compact = backend()
+    assert "nothing was compiled" in compact.report()
+    torch.compile(mlp(), backend=compact)(batch()).sum().backward()
+    text = compact.report()
+    assert "3 of 3 weight gradients sketched" in text or "2 of 3" in text
+    for name in ("0.weight", "2.weight", "4.weight"):
+        assert name in text
+
+
+def test_dynamic_batch_does_not_recompile():
+    """Sketches need no size of the batch: another batch size is another call, no other graph."""
+    model, reference, compact = mlp(), mlp(), backend(rank=1.0, projection="orthogonal")
+    step = torch.compile(model, backend=compact, dynamic=True)
+    for rows in (128, 96, 33):
+        x = torch.randn(rows, 64)
+        model.zero_grad(), reference.zero_grad()
+        step(x).pow(2).mean().backward()
+        reference(x).pow(2).mean().backward()
+        for mine, other in zip(model.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-6)
+    assert len(compact.plans) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype, relative_error, expected_gradients):
+    """Weights stay float32, products are rounded, gradients are those of rounded eager."""
+    model, reference, compact = mlp(), mlp(), backend(rank=1.0, projection="orthogonal")
+    step = torch.compile(model, backend=compact)
+    for network, run in ((model, step), (reference, reference)):
+        with torch.autocast("cpu", dtype):
+            loss = run(batch()).float().pow(2).mean()
+        loss.backward()
+    assert len(compact.plans[0].sketched) == 3
+    for name, weight in reference.named_parameters():
+        actual = model.get_parameter(name).grad
+        assert actual.dtype is torch.float32
+        assert relative_error(actual, weight.grad) < (3e-2 if dtype is torch.bfloat16 else 4e-3)

@@ -1,0 +1,92 @@
+"""What several tests share: a small LLaMA, a batch, and gradients of a step."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from compact_fx import CompactBackend
+
+Gradients = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    """No compiled code is carried over from another test."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def make_llama() -> Callable[..., LlamaForCausalLM]:
+    """The same small LLaMA each time, as Hugging Face ships it."""
+
+    def make(layers: int = 2, **overrides: Any) -> LlamaForCausalLM:
+        torch.manual_seed(0)
+        settings = {
+            "hidden_size": 64,
+            "intermediate_size": 176,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "vocab_size": 256,
+            "max_position_embeddings": 128,
+            "use_cache": False,
+        }
+        return LlamaForCausalLM(LlamaConfig(**settings | overrides))
+
+    return make
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    """A batch of 4 × 64 bytes."""
+    return torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def gradients_of() -> Callable[..., tuple[float, Gradients]]:
+    """Loss and gradients of one step of a language model, compiled with a backend or eager."""
+
+    def run(model: nn.Module, tokens: Tensor, backend: Any = None) -> tuple[float, Gradients]:
+        step = model if backend is None else torch.compile(model, backend=backend)
+        model.zero_grad()
+        loss = step(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        named = model.named_parameters()
+        return loss.item(), {n: w.grad.clone() for n, w in named if w.grad is not None}
+
+    return run
+
+
+@pytest.fixture
+def expected_gradients() -> Callable[..., Gradients]:
+    """G P Pᵀ for sketched weights (P Pᵀ G where x is on the left), G for all others."""
+
+    def expect(exact: Gradients, backend: CompactBackend, generation: int = 0) -> Gradients:
+        result = dict(exact)
+        for plan in backend.plans:
+            for site in plan.sketched:
+                assert site.projection is not None
+                p = plan.projections[site.projection](backend.config.seed, generation)
+                g = exact[site.weight]
+                left = g.shape[0] == site.in_features and g.shape[1] == site.out_features
+                left = left and site.in_features != site.out_features
+                result[site.weight] = p @ (p.T @ g) if left else (g @ p) @ p.T
+        return result
+
+    return expect
+
+
+@pytest.fixture
+def relative_error() -> Callable[[Tensor, Tensor], float]:
+    """‖a − b‖ / ‖b‖."""
+
+    def error(actual: Tensor, expected: Tensor) -> float:
+        return ((actual - expected).norm() / expected.norm()).item()
+
+    return error

@@ -1,0 +1,136 @@
+"""Joint graphs of small modules, and ways to count, run and compare graphs."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import fx, nn
+
+from compact_fx import _torch
+from compact_fx.passes.joint_graph import JointGraph
+from compact_fx.projections import fold_in
+
+
+class _Stop(BaseException):
+    """Ends a compilation at the partitioner."""
+
+
+class Calls(nn.Module):
+    """A module with these parameters, buffers and submodules that calls a function of itself."""
+
+    def __init__(self, function, **members):
+        super().__init__()
+        self.function = function
+        for name, member in members.items():
+            setattr(self, name, member)
+
+    def forward(self, *inputs):
+        return self.function(self, *inputs)
+
+
+def _joint_of(module: nn.Module, *inputs: torch.Tensor) -> JointGraph:
+    """The joint graph as the backend gives it to the passes; nothing is compiled or run."""
+    found: list[JointGraph] = []
+
+    def backend(graph_module, example_inputs):
+        placeholders = graph_module.graph.find_nodes(op="placeholder")
+        weights = {
+            index: _torch.qualified_name(node)
+            for index, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True))
+            if isinstance(value, nn.Parameter)
+        }
+
+        def stop(joint, num_fwd_outputs, static_inputs):
+            joint.graph.eliminate_dead_code()
+            _torch.eliminate_common_subexpressions(joint)
+            found.append(JointGraph(joint, num_fwd_outputs, tuple(static_inputs), weights))
+            raise _Stop
+
+        try:
+            with _torch.cold_joint_graph():
+                _torch.compile_graph(
+                    _torch.copy_graph_module(graph_module),
+                    example_inputs,
+                    inner="aot_eager",
+                    options={},
+                    partition=stop,
+                    cache_id="test",
+                )
+        except _Stop:
+            return graph_module.forward
+        raise AssertionError("there is no joint graph without a backward pass")
+
+    torch._dynamo.reset()
+    torch.compile(module, backend=backend, fullgraph=True)(*inputs)
+    (joint,) = found
+    return joint
+
+
+def _values_of(joint: JointGraph, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random values for all inputs of a joint graph, by name; projection keys from the seed."""
+    generator = torch.Generator().manual_seed(17)
+    keys = {joint.inputs()[index].name: i for i, index in enumerate(joint.key_inputs)}
+    values = {}
+    for node in joint.module.graph.find_nodes(op="placeholder"):
+        fake = node.meta["val"]
+        if node.name in keys:
+            values[node.name] = torch.tensor(fold_in(seed, keys[node.name]))
+        elif fake.dtype.is_floating_point:
+            values[node.name] = torch.randn(fake.shape, generator=generator).to(fake.dtype)
+        else:
+            values[node.name] = torch.randint(0, 4, fake.shape, generator=generator)
+    return values
+
+
+def _evaluate(module: fx.GraphModule, values: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The outputs of a graph whose inputs have these values."""
+    names = [node.name for node in module.graph.find_nodes(op="placeholder")]
+    return list(module(*(values[name] for name in names)))
+
+
+def _evaluate_cut(cut, num_fwd_outputs: int, values: dict[str, torch.Tensor]):
+    """The outputs of the forward, then those of the backward that gets what the forward saved."""
+    outputs = _evaluate(cut.forward, values)
+    names = [node.name for node in cut.forward.graph.output_node().args[0]]
+    saved = dict(zip(names[num_fwd_outputs:], outputs[num_fwd_outputs:], strict=True))
+    return outputs[:num_fwd_outputs] + _evaluate(cut.backward, {**values, **saved})
+
+
+def _ops_of(module: fx.GraphModule) -> Counter:
+    """How often each operator is called."""
+    return Counter(node.target for node in module.graph.nodes if node.op == "call_function")
+
+
+@pytest.fixture
+def joint_of():
+    return _joint_of
+
+
+@pytest.fixture
+def calls():
+    return Calls
+
+
+@pytest.fixture
+def values_of():
+    return _values_of
+
+
+@pytest.fixture
+def evaluate():
+    return _evaluate
+
+
+@pytest.fixture
+def evaluate_cut():
+    return _evaluate_cut
+
+
+@pytest.fixture
+def ops_of():
+    return _ops_of
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)

@@ -1,0 +1,54 @@
+"""The package as people get it, and the rules that keep it readable."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_wheel_holds_package_passes_and_type_marker(tmp_path: Path):
+    """The passes' folder lies beside the package and is installed inside of it."""
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
+    subprocess.run([*command, "-w", str(tmp_path), str(ROOT)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "compact_fx/py.typed" in names
+    assert "compact_fx/passes/choose_sites.py" in names
+    target = tmp_path / "installed"
+    zipfile.ZipFile(wheel).extractall(target)
+    code = "import compact_fx.passes.choose_sites as m; print(m.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": str(target), "PATH": ""},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert str(target) in done.stdout
+
+
+def test_a_second_copy_of_the_passes_is_refused():
+    """`import passes` from the root would register everything twice."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import passes"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "import compact_fx.passes" in done.stderr
+
+
+@pytest.mark.parametrize("folder", ["compact_fx", "passes"])
+def test_private_torch_lives_in_one_file(folder: str):
+    """Modules and attributes of torch with a leading underscore are touched in _torch.py only."""
+    private = re.compile(
+        r"(from torch[\w.]*\._\w+|import torch\._\w+|torch\._\w+\.|from torch[\w.]* import _)"
+    )
+    allowed = {"_torch.py"}
+    for file in (ROOT / folder).glob("*.py"):
+        if file.name not in allowed:
+            assert not private.search(file.read_text()), file.name
