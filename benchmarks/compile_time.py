@@ -46,7 +46,9 @@ def in_fresh_process(backend_name: str, device: str) -> float:
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, __file__, "--once", backend_name, "--device", device]
         environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
-        output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        output = subprocess.run(
+            command, env=environment, check=True, capture_output=True, text=True
+        )
     return float(output.stdout.split()[-1])
 
 

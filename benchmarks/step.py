@@ -123,7 +123,9 @@ def main() -> None:
             rows.append(measure(name, args))
         except torch.OutOfMemoryError:
             rows.append({"step": name, "error": "out of memory"})
-        print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+        print(
+            {k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True
+        )
     base = next((row for row in rows if row["step"] == "torch.compile"), rows[0])
     for row in rows:
         if "ms" in row and "ms" in base:
@@ -133,7 +135,7 @@ def main() -> None:
         [row["step"], *(row.get(k) for k in ("ms", "ms_ratio", "peak_gb", "peak_ratio", "kept_gb"))]
         for row in rows
     ]
-    headers = ["step", "ms", "× compile", "peak GB", "× compile", "kept for backward GB"]
+    headers = ["step", "ms", "/ compile", "peak GB", "/ compile", "kept for backward GB"]
     print(tabulate(table, headers=headers, floatfmt=".3g", tablefmt="github"))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     record = {

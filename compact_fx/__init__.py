@@ -1,4 +1,4 @@
-"""Train any PyTorch model from sketched activations: `torch.compile(model, backend=compact_backend())`."""
+"""Train any PyTorch model from sketched activations, through torch.compile."""
 
 from compact_fx.backend import CompactBackend, compact_backend
 from compact_fx.config import CompactConfig

@@ -168,7 +168,7 @@ class _Partitioner(CustomPartitionerFn):  # type: ignore[misc]
         )
 
     def uuid(self) -> str:
-        # Never None: AOTAutogradCache takes that for "no partitioner" and would skip changed passes.
+        # Never None: AOTAutogradCache takes that for "no partitioner", and misses changed passes.
         return self._cache_id
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -210,7 +210,7 @@ def compile_graph(
         patches = dict(options)
         if partitioner is not None:
             patches["custom_partitioner_fn"] = partitioner
-        return compile_fx(module, example_inputs, config_patches=patches)  # type: ignore[no-any-return]
+        return compile_fx(module, example_inputs, config_patches=patches)  # type: ignore[no-any-return,return-value]
 
     def run_as_is(graph_module: fx.GraphModule, _: Sequence[Any]) -> CompiledFunction:
         graph_module.graph.set_codegen(_BoxedCodeGen())  # frees each input after its last use
@@ -225,8 +225,8 @@ def compile_graph(
     return aot_module_simplified(  # type: ignore[no-any-return]
         module,
         example_inputs,
-        fw_compiler=run_as_is,
-        bw_compiler=run_as_is,
+        fw_compiler=run_as_is,  # type: ignore[arg-type]
+        bw_compiler=run_as_is,  # type: ignore[arg-type]
         partition_fn=partitioner or min_cut_rematerialization_partition,
         decompositions=select_decomp_table(),
         keep_inference_input_mutations=True,

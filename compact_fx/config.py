@@ -39,7 +39,7 @@ class CompactConfig:
     """
 
     rank: Rank | Mapping[str, Rank] = 0.25
-    gradients: Literal["dense"] = "dense"
+    gradients: Literal["dense", "sketched"] = "dense"
     projection: Kind = "gaussian"
     update_interval: int = 200
     seed: int = 0
@@ -97,7 +97,7 @@ def resolve_rank(rank: Rank, in_features: int) -> int:
 
 
 def config_from(settings: Mapping[str, Any]) -> CompactConfig:
-    """A CompactConfig from keyword settings; unknown ones raise a TypeError that names the known."""
+    """A CompactConfig from keyword settings; an unknown one raises a TypeError with the known."""
     known = [f.name for f in fields(CompactConfig)]
     for name in settings:
         if name not in known:

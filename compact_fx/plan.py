@@ -1,4 +1,4 @@
-"""What was decided for one compiled graph: data, no graph nodes, the same on a cold and warm cache."""
+"""What was decided for one compiled graph: data, the same on a cold and on a warm cache."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -15,7 +15,15 @@ def report(plans: Sequence[Plan]) -> str:
 
 
 def _graph(number: int, plan: Plan) -> str:
-    headers = ["weight", "in → rank", "out", "placement", "kept MB", "weight-grad GFLOP", "left alone because"]
+    headers = [
+        "weight",
+        "in → rank",
+        "out",
+        "placement",
+        "kept MB",
+        "weight-grad GFLOP",
+        "left alone because",
+    ]
     before = sum(site.flops_before for site in plan.sites)
     after = sum(site.flops_after for site in plan.sites)
     total = (

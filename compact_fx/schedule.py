@@ -1,18 +1,18 @@
 """When projections change: each weight counts the optimizer steps that it has seen."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from compact_fx.plan import Plan
 from compact_fx.projections import fold_in
 
-_steps = WeakTensorKeyDictionary()
+_steps: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
 
 
 @functools.cache
@@ -35,8 +35,7 @@ def track(weight: Tensor) -> None:
 
 def steps_of(weight: Tensor) -> int:
     """Optimizer steps that this weight has seen since it was tracked."""
-    steps: int = _steps.get(weight, 0)
-    return steps
+    return _steps.get(weight, 0)
 
 
 class KeySchedule:

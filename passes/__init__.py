@@ -1,4 +1,6 @@
-"""The graph passes, importable as `compact_fx.passes`: find → choose → rewrite → partition → expand."""
+"""The graph passes, `compact_fx.passes`: find → choose → rewrite → partition → expand."""
 
 if __name__ == "passes":
-    raise ImportError("import compact_fx.passes: a second copy of the passes would be a second truth")
+    raise ImportError(
+        "import compact_fx.passes: a second copy of the passes would be a second truth"
+    )

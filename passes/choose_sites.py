@@ -4,14 +4,14 @@ from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from torch import fx
-
-from compact_fx import _torch
-from compact_fx.config import CompactConfig, resolve_rank
 from compact_fx.passes.find_weight_grads import Use, WeightGrad, find_weight_grads
 from compact_fx.passes.joint_graph import JointGraph
 from compact_fx.passes.partition import Partition, bytes_of, is_tensor, partition, storage_of
 from compact_fx.passes.rewrite_weight_grads import rewrite_weight_grads
+from torch import fx
+
+from compact_fx import _torch
+from compact_fx.config import CompactConfig, resolve_rank
 from compact_fx.plan import Placement, Plan, Site
 from compact_fx.projections import Projection, salt_of
 
@@ -213,9 +213,7 @@ def _salts(sites: Iterable[Site], uses: dict[tuple[int, int], Use]) -> dict[str,
     return {site.weight: salt_of(min(group_of.get(site.weight, {""}))) for site in sites}
 
 
-def _with_flops(
-    sites: list[Site], uses: dict[tuple[int, int], Use]
-) -> Iterator[Site]:
+def _with_flops(sites: list[Site], uses: dict[tuple[int, int], Use]) -> Iterator[Site]:
     shares: dict[int | None, int] = {}
     for site in sites:
         shares[site.sketch] = shares.get(site.sketch, 0) + 1

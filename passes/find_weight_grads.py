@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import fx
-
 from compact_fx.passes.joint_graph import JointGraph, is_transposition
+from torch import fx
 
 aten = torch.ops.aten
 
@@ -137,9 +136,19 @@ class _Finder:
                     reasons.append("its gradient is a product of no activation")
                 else:
                     uses.append(use)
-            elif node.target in _TRANSPARENT and node in self._backward and not node.kwargs.get("alpha"):
-                sources = [node.args[0], node.args[1]] if node.target is aten.add.Tensor else [node.args[0]]
-                if any(not isinstance(source, fx.Node) for source in sources) or len(set(sources)) < len(sources):
+            elif (
+                node.target in _TRANSPARENT
+                and node in self._backward
+                and not node.kwargs.get("alpha")
+            ):
+                sources = (
+                    [node.args[0], node.args[1]]
+                    if node.target is aten.add.Tensor
+                    else [node.args[0]]
+                )
+                if any(not isinstance(source, fx.Node) for source in sources) or len(
+                    set(sources)
+                ) < len(sources):
                     reasons.append("its gradient is shifted by a constant or doubled")
                 else:
                     pending.extend((source, node) for source in sources)  # type: ignore[misc]

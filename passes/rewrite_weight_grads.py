@@ -1,12 +1,12 @@
 """Put the sketches of a plan into the joint graph."""
 
 import torch
+from compact_fx.passes.find_weight_grads import Use, find_weight_grads
+from compact_fx.passes.joint_graph import JointGraph, finish, insert
 from torch import fx
 
 from compact_fx import _torch
 from compact_fx.errors import CannotCompact
-from compact_fx.passes.find_weight_grads import Use, find_weight_grads
-from compact_fx.passes.joint_graph import JointGraph, finish, insert
 from compact_fx.plan import Plan, Site
 from compact_fx.projections import RANDOM_PROJECTION
 
@@ -46,16 +46,20 @@ def rewrite_weight_grads(joint: JointGraph, plan: Plan) -> dict[int, fx.Node]:
     inputs = joint.inputs()
     keys = [inputs[index] for index in joint.key_inputs]
     uses = {
-        (grad.index, i): use
-        for grad in find_weight_grads(joint)
-        for i, use in enumerate(grad.uses)
+        (grad.index, i): use for grad in find_weight_grads(joint) for i, use in enumerate(grad.uses)
     }
     sketches: dict[int, tuple[fx.Node, fx.Node]] = {}
     for site in plan.sketched:
         use = uses.get((site.index, site.use))
-        if use is None or (use.in_features, use.out_features) != (site.in_features, site.out_features):
-            raise CannotCompact(f"the gradient of {site.weight} is not the one that was planned for")
-        assert site.sketch is not None and site.projection is not None
+        if use is None or (use.in_features, use.out_features) != (
+            site.in_features,
+            site.out_features,
+        ):
+            raise CannotCompact(
+                f"the gradient of {site.weight} is not the one that was planned for"
+            )
+        assert site.sketch is not None
+        assert site.projection is not None
         if site.sketch not in sketches:
             key = keys[site.projection]
             sketches[site.sketch] = _sketch(joint.module.graph, use, site, plan, key)

@@ -74,7 +74,7 @@ def test_a_wrong_rank_in_a_mapping_is_refused_with_its_pattern(value, error):
 
 
 def test_a_rank_pattern_must_be_text():
-    with pytest.raises(TypeError, match="^rank pattern=3 must be a str"):
+    with pytest.raises(TypeError, match=r"^rank pattern=3 must be a str"):
         CompactConfig(rank={3: 8})
 
 
@@ -97,7 +97,7 @@ def test_an_unknown_setting_is_refused_with_the_known_ones(make):
 
 
 def test_an_unknown_mode_is_refused_when_the_backend_is_made():
-    with pytest.raises(ValueError, match="^mode='fastest' must be one of .*'reduce-overhead'"):
+    with pytest.raises(ValueError, match=r"^mode='fastest' must be one of .*'reduce-overhead'"):
         compact_backend(mode="fastest")
 
 

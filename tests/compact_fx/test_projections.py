@@ -33,6 +33,15 @@ EXTREME_KEYS = (0, 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Tensors this small are slower on several threads, many times so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def key_of(seed, salt=0, generation=0):
     return torch.tensor(fold_in(seed, salt, generation), dtype=torch.int64)
 
@@ -247,9 +256,7 @@ def test_any_projection_is_finite_and_repeatable(n, rank, kind, dtype, value):
 
 def test_a_projection_draws_what_random_projection_does():
     salt = salt_of("layers.0.weight")
-    projection = Projection(
-        salt=salt, in_features=48, rank=6, kind="sparse", dtype=torch.bfloat16
-    )
+    projection = Projection(salt=salt, in_features=48, rank=6, kind="sparse", dtype=torch.bfloat16)
     expected = random_projection(
         3, 48, 6, salt=salt, generation=2, kind="sparse", dtype=torch.bfloat16
     )
