@@ -12,7 +12,11 @@ from typing import Any
 import torch
 import torch._functorch.config as functorch_config
 from torch import fx
-from torch._functorch._aot_autograd.descriptors import GradAOTOutput, PlainAOTInput
+from torch._functorch._aot_autograd.descriptors import (
+    DummyAOTOutput,
+    GradAOTOutput,
+    PlainAOTInput,
+)
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -125,22 +129,41 @@ def min_cut(
     static_inputs: Sequence[int],
     *,
     recompute_matmul_inputs: bool,
+    in_forward: Sequence[fx.Node] = (),
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """torch's min-cut partition; takes over the joint graph.
 
-    `recompute_matmul_inputs`: matmul inputs may be rebuilt in the backward pass although that
-    writes them to memory once more.
+    Args:
+        recompute_matmul_inputs: matmul inputs may be rebuilt in the backward pass although that
+            writes them to memory once more.
+        in_forward: nodes that only the backward reads and that the forward has to compute. They
+            are outputs of the forward for as long as the cut is made.
     """
+    end = num_fwd_outputs + len(in_forward)
+    _splice_outputs(module.graph, num_fwd_outputs, num_fwd_outputs, in_forward)
     banned = functorch_config.ban_recompute_materialized_backward and not recompute_matmul_inputs
     with functorch_config.patch(ban_recompute_materialized_backward=banned):
         forward, backward = min_cut_rematerialization_partition(
             module,
             None,
             compiler="inductor",
-            num_fwd_outputs=num_fwd_outputs,
+            num_fwd_outputs=end,
             static_lifetime_input_indices=list(static_inputs),
         )
+    _splice_outputs(forward.graph, num_fwd_outputs, end, ())
+    forward.recompile()
     return forward, backward
+
+
+def _splice_outputs(graph: fx.Graph, start: int, stop: int, nodes: Sequence[fx.Node]) -> None:
+    """Put these nodes in place of the outputs start:stop."""
+    output = graph.output_node()
+    values = list(output.args[0])  # type: ignore[arg-type]
+    output.args = ([*values[:start], *nodes, *values[stop:]],)
+    if "desc" in output.meta:
+        descriptors = list(output.meta["desc"])
+        dummies = [DummyAOTOutput(idx=i) for i in range(len(nodes))]
+        output.meta["desc"] = [*descriptors[:start], *dummies, *descriptors[stop:]]
 
 
 def trace(function: Callable[..., Any], *args: torch.Tensor) -> fx.GraphModule:
@@ -183,7 +206,7 @@ def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, 
     merged = {**(list_mode_options(mode) if mode else {}), **options}
     known = torch._inductor.config.get_config_copy()
     for name in merged:
-        if name.replace("-", "_") not in known:
+        if not isinstance(name, str) or name.replace("-", "_") not in known:
             raise ValueError(f"options[{name!r}] is not an option of Inductor")
     if merged.get("custom_partitioner_fn") is not None:
         raise ValueError("options['custom_partitioner_fn'] is taken by the compact backend")

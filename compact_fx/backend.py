@@ -97,7 +97,7 @@ class CompactBackend:
                 near = difflib.get_close_matches(pattern.replace("*", ""), self._names, 3, 0.1)
                 warnings.warn(
                     f"pattern {pattern!r} matches no weight that was compiled so far; "
-                    f"the nearest are {', '.join(near)}",
+                    f"the nearest: {', '.join(near) or 'none'}",
                     stacklevel=3,
                 )
 
@@ -187,8 +187,7 @@ class _GraphCompiler:
         if not plan.sketched:
             return plan, self.compile_untouched()
 
-        weights = [self._example_inputs[index] for index in self._weights]
-        schedule = KeySchedule(plan, self._config.seed, self._config.update_interval, weights)
+        schedule = KeySchedule(plan, self._config.seed, self._config.update_interval)
         owners = plan.owners
         keys = schedule.keys([self._example_inputs[index] for index in owners])
         module = _torch.copy_graph_module(self._module)
@@ -248,8 +247,11 @@ class _GraphCompiler:
         keys = tuple(range(first_key, first_key + len(plan.projections)))
         with _failures_are_cannot_compact():
             joint = replace(self._joint(module, num_fwd_outputs, static_inputs), key_inputs=keys)
-            rewrite_weight_grads(joint, plan)
-            cut = partition(joint, recompute=self._config.recompute)
+            sketches = rewrite_weight_grads(joint, plan)
+            early = plan.early(sketches)
+            cut = partition(joint, recompute=self._config.recompute, early=early)
+            if cut.bytes != plan.bytes_after:
+                raise CannotCompact(f"{cut.bytes} bytes cross, {plan.bytes_after} were planned")
             expand_projections(cut.forward)
             expand_projections(cut.backward)
         return cut.forward, cut.backward

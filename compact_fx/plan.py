@@ -1,11 +1,14 @@
 """What was decided for one compiled graph: data, the same on a cold and on a warm cache."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
+from compact_fx.config import Place
 from compact_fx.projections import Projection
 
 Placement = Literal["early", "late"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +69,16 @@ class Plan:
 
     Attributes:
         sites: one per use of each matrix-shaped parameter.
+        place: "early" if the forward was made to compute all sketches, see `CompactConfig.place`.
+        late: sketches that the backward is made to compute; the partitioner places the others.
         projections: the distinct ones, in the order of the graph's key inputs.
         owners: for each projection the graph input of a weight that uses it.
         saved_before: what torch.compile's own partition keeps; `saved_after`: what ours keeps.
     """
 
     sites: tuple[Site, ...]
+    place: Place = "auto"
+    late: frozenset[int] = frozenset()
     projections: tuple[Projection, ...] = ()
     owners: tuple[int, ...] = ()
     saved_before: tuple[Saved, ...] = ()
@@ -91,3 +98,7 @@ class Plan:
     def bytes_after(self) -> int:
         """Bytes that the compacted graph keeps for the backward pass."""
         return sum(saved.bytes for saved in self.saved_after)
+
+    def early(self, sketches: Mapping[int, T]) -> tuple[T, ...]:
+        """Those of the sketches' nodes that the forward has to save, as a person asked."""
+        return tuple(sketches.values()) if self.place == "early" else ()

@@ -137,6 +137,8 @@ def random_projection(
     """
     if kind not in _DRAW:
         raise ValueError(f"kind={kind!r} is not a projection; choose one of {', '.join(KINDS)}")
+    if n < 1 or not dtype.is_floating_point:
+        raise ValueError(f"n={n} must be ≥ 1 and dtype={dtype} a floating-point type")
     if rank < 1 or (kind == "orthogonal" and rank > n):
         allowed = f"1..{n}" if kind == "orthogonal" else "≥ 1"
         raise ValueError(f"rank={rank} is not possible for n={n}; allowed: {allowed}")

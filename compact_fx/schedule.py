@@ -27,15 +27,10 @@ def _on_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
                 _steps[weight] += 1
 
 
-def track(weight: Tensor) -> None:
-    """Count the steps of every optimizer that owns this weight from now on."""
-    _count_optimizer_steps()
-    _steps.setdefault(weight, 0)
-
-
 def steps_of(weight: Tensor) -> int:
-    """Optimizer steps that this weight has seen since it was tracked."""
-    return _steps.get(weight, 0)
+    """Optimizer steps that this weight has seen since it was first asked for."""
+    _count_optimizer_steps()
+    return _steps.setdefault(weight, 0)
 
 
 class KeySchedule:
@@ -45,12 +40,10 @@ class KeySchedule:
     of its own forward pass.
     """
 
-    def __init__(self, plan: Plan, seed: int, update_interval: int, weights: Sequence[Tensor]):
+    def __init__(self, plan: Plan, seed: int, update_interval: int) -> None:
         self._salts = tuple(projection.salt for projection in plan.projections)
         self._seed = seed
         self._update_interval = update_interval
-        for weight in weights:
-            track(weight)
         self._generations: tuple[int, ...] | None = None
         self._keys: tuple[Tensor, ...] = ()
 

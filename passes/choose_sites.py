@@ -12,7 +12,7 @@ from torch import fx
 
 from compact_fx import _torch
 from compact_fx.config import CompactConfig, resolve_rank
-from compact_fx.plan import Placement, Plan, Site
+from compact_fx.plan import Plan, Site
 from compact_fx.projections import Projection, salt_of
 
 
@@ -27,7 +27,8 @@ def choose_sites(joint: JointGraph, config: CompactConfig) -> Plan:
         grad_o = dyᵀ o                       #   z is made there, nothing more crosses
 
     First all sketches are late, and torch's own partition shows which saved tensors would then
-    cross for a sketch alone; where these take at least the bytes of the sketch, it becomes early.
+    cross for a sketch alone. Where these take at least the bytes of the sketch, it is left to the
+    partitioner, which saves it in their place.
 
     Contract: changes nothing. With `place="auto"`, `bytes_after` ≤ `bytes_before`, which is
     torch.compile's own partition; if no placement reaches that, nothing is sketched. Source: paper
@@ -37,10 +38,11 @@ def choose_sites(joint: JointGraph, config: CompactConfig) -> Plan:
     plan = _draft(joint, config)
     if not plan.projections:
         return replace(plan, saved_before=before.saved, saved_after=before.saved)
-    everything = {site.sketch for site in plan.sketched}
-    best = _try(joint, _early(plan, everything) if config.place == "early" else plan, config)
+    everything = frozenset(site.sketch for site in plan.sketched if site.sketch is not None)
+    late = frozenset() if config.place == "early" else everything
+    best = _try(joint, replace(plan, place=config.place, late=late), config)
     if config.place == "auto" and (early := best.smaller_early()):
-        trial = _try(joint, _early(plan, early), config)
+        trial = _try(joint, replace(best.plan, late=everything - early), config)
         best = min(best, trial, key=lambda trial: trial.cut.bytes)
     if config.place == "auto" and best.cut.bytes > before.bytes:
         reason = f"sketching keeps {best.cut.bytes - before.bytes} bytes more than without"
@@ -73,6 +75,7 @@ class _Trial:
         sketches = {i: nodes[z.name] for i, z in self.sketches.items() if z.name in nodes}
         output = self.cut.backward.graph.output_node()
         needed_anyway = self._read_by(output, stop=set(sketches.values()))
+        needed_anyway |= {storage_of(node) for node in self.cut.results if is_tensor(node)}
         groups: list[tuple[set[int], set[int]]] = []  # sketches, and the storages only they read
         for i, z in sketches.items():
             members, storages = {i}, self._read_by(z) - needed_anyway
@@ -107,20 +110,12 @@ def _try(joint: JointGraph, plan: Plan, config: CompactConfig) -> _Trial:
         if site.sketch is not None
     }
     sketches = rewrite_weight_grads(copy, plan)
-    return _Trial(plan, partition(copy, recompute=config.recompute), activations, sketches)
+    cut = partition(copy, recompute=config.recompute, early=plan.early(sketches))
+    return _Trial(plan, cut, activations, sketches)
 
 
 def _uses(grads: Iterable[WeightGrad]) -> dict[tuple[int, int], Use]:
     return {(grad.index, i): use for grad in grads for i, use in enumerate(grad.uses)}
-
-
-def _early(plan: Plan, early: Set[int | None]) -> Plan:
-    """The plan with these sketches early and the others late."""
-
-    def place(site: Site) -> Placement | None:
-        return site.placement and ("early" if site.sketch in early else "late")
-
-    return replace(plan, sites=tuple(replace(s, placement=place(s)) for s in plan.sites))
 
 
 def _left_alone(site: Site, reason: str) -> Site:
@@ -136,7 +131,7 @@ def _left_alone(site: Site, reason: str) -> Site:
 
 
 def _draft(joint: JointGraph, config: CompactConfig) -> Plan:
-    """Every site with its rank, sketch, projection and FLOPs, all late."""
+    """Every site with its rank, sketch, projection and FLOPs."""
     grads = find_weight_grads(joint)
     uses = _uses(grads)
     sites: list[Site] = []
@@ -233,6 +228,7 @@ def _with_flops(sites: list[Site], uses: dict[tuple[int, int], Use]) -> Iterator
 def _with_bytes(best: _Trial, before: Partition) -> Iterator[Site]:
     """Each activation's bytes, counted at the first of its sites."""
     counted: set[int] = set()
+    saved = {node.name for node in best.cut.forward.graph.output_node().all_input_nodes}
     for site in best.plan.sites:
         if site.sketch is None:
             yield site
@@ -242,6 +238,7 @@ def _with_bytes(best: _Trial, before: Partition) -> Iterator[Site]:
         counted |= kept
         yield replace(
             site,
+            placement="early" if best.sketches[site.sketch].name in saved else "late",
             bytes_before=sum(before.saved_by_storage[s].bytes for s in kept & before.storages),
             bytes_after=sum(best.cut.saved_by_storage[s].bytes for s in kept & best.cut.storages),
         )

@@ -1,5 +1,6 @@
 """Find the matmuls whose results only feed a parameter's gradient."""
 
+import operator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,9 @@ _TRANSPARENT = {
     aten.t.default,
     aten.transpose.int,
     aten.view.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
     aten.reshape.default,
     aten._unsafe_view.default,
     aten.clone.default,
@@ -112,6 +116,12 @@ def find_weight_grads(joint: JointGraph) -> tuple[WeightGrad, ...]:
     return tuple(found)
 
 
+def _operator(node: fx.Node) -> str:
+    if node.target is operator.getitem:
+        return _operator(node.args[0])  # type: ignore[arg-type]
+    return str(node.target)
+
+
 class _Finder:
     def __init__(self, joint: JointGraph) -> None:
         self._output = joint.module.graph.output_node()
@@ -136,24 +146,16 @@ class _Finder:
                     reasons.append("its gradient is a product of no activation")
                 else:
                     uses.append(use)
-            elif (
-                node.target in _TRANSPARENT
-                and node in self._backward
-                and not node.kwargs.get("alpha")
-            ):
-                sources = (
-                    [node.args[0], node.args[1]]
-                    if node.target is aten.add.Tensor
-                    else [node.args[0]]
-                )
-                if any(not isinstance(source, fx.Node) for source in sources) or len(
-                    set(sources)
-                ) < len(sources):
-                    reasons.append("its gradient is shifted by a constant or doubled")
+            elif node.target in _TRANSPARENT and node in self._backward:
+                terms = node.args[:2] if node.target is aten.add.Tensor else node.args[:1]
+                if "alpha" in node.kwargs or not all(isinstance(t, fx.Node) for t in terms):
+                    reasons.append("its gradient is scaled or shifted")
+                elif len(set(terms)) < len(terms):
+                    reasons.append("its gradient is doubled")
                 else:
-                    pending.extend((source, node) for source in sources)  # type: ignore[misc]
+                    pending += [(term, node) for term in terms]  # type: ignore[misc]
             else:
-                reasons.append(f"its gradient is made by {node.target}")
+                reasons.append(f"its gradient is made by {_operator(node)}")
         order = {use.matmul: use for use in uses}
         graph_order = [n for n in self._output.graph.nodes if n in order]
         return tuple(order[node] for node in graph_order), "; ".join(dict.fromkeys(reasons))

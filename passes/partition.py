@@ -1,5 +1,6 @@
 """Cut the joint graph in two and say what crosses."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +18,13 @@ class Partition:
     """The two graphs and what the forward keeps for the backward.
 
     Attributes:
+        results: the forward's outputs that are not for the backward alone.
         saved_by_storage: one for each storage that is no parameter, buffer or key.
     """
 
     forward: fx.GraphModule
     backward: fx.GraphModule
+    results: tuple[fx.Node, ...]
     saved_by_storage: dict[int, Saved]
 
     @property
@@ -40,7 +43,7 @@ class Partition:
         return sum(saved.bytes for saved in self.saved)
 
 
-def partition(joint: JointGraph, *, recompute: bool) -> Partition:
+def partition(joint: JointGraph, *, recompute: bool, early: Sequence[fx.Node] = ()) -> Partition:
     """Split a joint graph with torch's min-cut.
 
     ::
@@ -51,6 +54,7 @@ def partition(joint: JointGraph, *, recompute: bool) -> Partition:
     Args:
         joint: taken over.
         recompute: matmul inputs may be rebuilt in the backward pass.
+        early: nodes that the forward has to compute.
 
     Raises:
         CannotCompact: a projection would be saved instead of drawn again.
@@ -62,6 +66,7 @@ def partition(joint: JointGraph, *, recompute: bool) -> Partition:
         joint.num_fwd_outputs,
         joint.static_inputs,
         recompute_matmul_inputs=recompute,
+        in_forward=early,
     )
     # Views of parameters cross as well; their storages are there anyway.
     free = {storage_of(node) for node in joint.static_placeholders()}
@@ -72,7 +77,8 @@ def partition(joint: JointGraph, *, recompute: bool) -> Partition:
             raise CannotCompact("the partitioner would save a projection")
         if isinstance(node, fx.Node) and is_tensor(node) and storage_of(node) not in free:
             saved.setdefault(storage_of(node), _describe(node))
-    return Partition(forward, backward, saved)
+    results = tuple(n for n in outputs[: joint.num_fwd_outputs] if isinstance(n, fx.Node))
+    return Partition(forward, backward, results, saved)
 
 
 def is_tensor(node: fx.Node) -> bool:

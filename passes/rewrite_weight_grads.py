@@ -27,9 +27,8 @@ def rewrite_weight_grads(joint: JointGraph, plan: Plan) -> dict[int, fx.Node]:
         factor = aten.mm(dyᵀ, z)                              # (m, r)
         mm = aten.mm(factor, Pᵀ)                              # (m, n)
 
-    and `xᵀ dy` by `P (zᵀ dy)`. Sites on one activation with one projection share P and z. A late
-    z is marked to be computed in the backward pass; an early one is left to the partitioner, which
-    saves the results of matmuls.
+    and `xᵀ dy` by `P (zᵀ dy)`. Sites on one activation with one projection share P and z. P is
+    marked to be drawn on each side, and the sketches in `plan.late` to be computed in the backward.
 
     Args:
         joint: changed in place; has one 0-d int64 key input for each of the plan's projections.
@@ -86,7 +85,7 @@ def _sketch(
         sketch = insert(graph, aten.mm.default, (x, drawn), like=x, name="sketch")
     # P is drawn again on each side: it is a function of its key, and saving it would cost memory.
     _torch.mark_recomputed(drawn)
-    if site.placement == "late":
+    if site.sketch in plan.late:
         _torch.mark_recomputed(sketch)
     return drawn, sketch
 

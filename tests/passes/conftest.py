@@ -4,10 +4,10 @@ from collections import Counter
 
 import pytest
 import torch
+from compact_fx.passes.joint_graph import JointGraph
 from torch import fx, nn
 
 from compact_fx import _torch
-from compact_fx.passes.joint_graph import JointGraph
 from compact_fx.projections import fold_in
 
 
@@ -131,6 +131,10 @@ def ops_of():
     return _ops_of
 
 
-@pytest.fixture(autouse=True)
-def _fixed_seed():
-    torch.manual_seed(0)
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Tensors this small are slower on several threads, many times so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

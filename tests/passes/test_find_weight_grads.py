@@ -3,10 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from compact_fx.passes.find_weight_grads import find_weight_grads
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-
-from compact_fx.passes.find_weight_grads import find_weight_grads
 
 aten = torch.ops.aten
 
@@ -225,12 +224,16 @@ def test_queries_that_take_part_in_attention_are_preserved_where_a_sum_makes_the
     def forward(m, x):
         return F.linear(m.queries.expand(2, 8, 64), m.w) * x
 
-    grads = found_in(joint_of(calls(forward, queries=parameter(8, 64), w=parameter(64, 64)), batch()))
+    grads = found_in(
+        joint_of(calls(forward, queries=parameter(8, 64), w=parameter(64, 64)), batch())
+    )
     assert not any(grad.uses for grad in grads.values())
 
 
 def test_a_gradient_that_reaches_no_weight_has_a_reason(joint_of, calls):
-    module = calls(lambda m, x: m.fc(x) + m.w.detach().sum(), fc=nn.Linear(64, 48), w=parameter(4, 4))
+    module = calls(
+        lambda m, x: m.fc(x) + m.w.detach().sum(), fc=nn.Linear(64, 48), w=parameter(4, 4)
+    )
     grads = found_in(joint_of(module, batch()))
     assert grads["w"].reason == "frozen, or no gradient reaches it"
     assert len(grads["fc.weight"].uses) == 1
@@ -286,9 +289,13 @@ def test_another_estimate_of_a_use_changes_that_gradient_alone(
         for use in grad.uses:
             with changed.module.graph.inserting_after(use.matmul):
                 other = changed.module.graph.call_function(aten.neg.default, (use.matmul,))
-            use.matmul.replace_all_uses_with(other, delete_user_cb=lambda node, o=other: node is not o)
+            use.matmul.replace_all_uses_with(
+                other, delete_user_cb=lambda node, o=other: node is not o
+            )
         changed.module.recompile()
-        for i, (old, new) in enumerate(zip(expected, evaluate(changed.module, values), strict=True)):
+        for i, (old, new) in enumerate(
+            zip(expected, evaluate(changed.module, values), strict=True)
+        ):
             if i == position:
                 torch.testing.assert_close(new, -old)
             else:

@@ -1,0 +1,344 @@
+"""The choice alone: which gradients are sketched, at what rank, on which side of the boundary."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compact_fx.passes.choose_sites import choose_sites
+from compact_fx.passes.partition import partition
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from compact_fx.config import CompactConfig
+from compact_fx.plan import Saved
+from compact_fx.projections import KINDS, salt_of
+
+
+def batch(*shape):
+    return torch.randn(shape or (2, 64, 64))
+
+
+def mlp(features=64):
+    # Inputs of both layers cross for the weight gradients; GELU keeps its own input.
+    return nn.Sequential(nn.GELU(), nn.Linear(features, 64), nn.GELU(), nn.Linear(64, 64))
+
+
+def attention(m, x):
+    h = m.norm(x)
+    q, k, v = m.q(h), m.k(h), m.v(h)
+    q, k, v = (t.unflatten(-1, (4, 16)).transpose(1, 2) for t in (q, k, v))
+    scores = (q @ k.transpose(-1, -2)).softmax(-1)
+    return x + m.o((scores @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.fixture
+def attention_of(calls):
+    def make():
+        linear = {name: nn.Linear(64, 64) for name in "qkvo"}
+        return calls(attention, norm=nn.LayerNorm(64), **linear)
+
+    return make
+
+
+def sites_of(plan):
+    return {site.weight: site for site in plan.sites}
+
+
+# ---------------------------------------------------------------------------------------------
+# Ranks and reasons
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rank", "columns"), [(0.25, 16), (7, 7), (1.0, 64), (64, 64)])
+def test_a_rank_becomes_columns(joint_of, rank, columns):
+    plan = choose_sites(joint_of(nn.Linear(64, 48), batch()), CompactConfig(rank=rank))
+    (site,) = plan.sites
+    (projection,) = plan.projections
+    assert (site.in_features, site.out_features) == (64, 48)
+    assert (projection.in_features, projection.rank) == (64, columns)
+    assert site.rank == columns
+    assert site.reason == ""
+
+
+SETTINGS = {
+    "rank > in_features": ({"rank": 65}, "rank 65 > in_features 64"),
+    "excluded": ({"exclude": ("w*",)}, "in exclude"),
+    "excluded and included": ({"include": ("weight",), "exclude": ("weight",)}, "in exclude"),
+    "not included": ({"include": ("layers.*",)}, "not in include"),
+    "nothing included": ({"include": ()}, "not in include"),
+    "no rank": ({"rank": {"layers.*": 8}}, "no pattern of rank matches"),
+    "narrow": ({"min_features": 65}, "in_features 64 < min_features 65"),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+@pytest.mark.parametrize("layer", [lambda: nn.Linear(64, 48), lambda: Conv1D(48, 64)])
+def test_what_the_settings_leave_alone_has_a_reason(joint_of, case, layer):
+    settings, reason = SETTINGS[case]
+    plan = choose_sites(joint_of(layer(), batch()), CompactConfig(**settings))
+    (site,) = plan.sites
+    assert (site.reason, site.rank, site.placement) == (reason, 0, None)
+    assert (site.sketch, site.projection) == (None, None)
+    assert site.flops_before == site.flops_after > 0
+    assert plan.projections == plan.owners == plan.sketched == ()
+    assert plan.saved_before == plan.saved_after
+
+
+def test_min_features_is_inclusive(joint_of):
+    plan = choose_sites(joint_of(nn.Linear(64, 48), batch()), CompactConfig(min_features=64))
+    assert len(plan.sketched) == 1
+
+
+def test_reasons_of_the_finder_are_kept(joint_of, calls):
+    module = calls(
+        lambda m, i: m.fc(F.linear(m.e(i), m.frozen)),
+        e=nn.Embedding(50, 64),
+        frozen=nn.Parameter(torch.randn(64, 64), requires_grad=False),
+        fc=nn.Linear(64, 64),
+    )
+    sites = sites_of(choose_sites(joint_of(module, torch.randint(0, 50, (2, 8))), CompactConfig()))
+    assert sites["frozen"].reason == "frozen, or no gradient reaches it"
+    assert "made by" in sites["e.weight"].reason
+    assert sites["fc.weight"].placement is not None
+
+
+def test_every_rank_of_a_mapping_goes_to_its_weights(joint_of):
+    config = CompactConfig(rank={"1.*": 8, "*": 0.5})
+    sites = sites_of(choose_sites(joint_of(mlp(), batch()), config))
+    assert (sites["1.weight"].rank, sites["3.weight"].rank) == (8, 32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_projections_are_of_the_kind_and_of_the_activations_dtype(joint_of, calls, kind):
+    def forward(m, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return m.fc(x)
+
+    joint = joint_of(calls(forward, fc=nn.Linear(64, 48)), batch())
+    (projection,) = choose_sites(joint, CompactConfig(projection=kind)).projections
+    assert (projection.kind, projection.dtype) == (kind, torch.bfloat16)
+    assert projection.salt == salt_of("fc.weight")
+
+
+# ---------------------------------------------------------------------------------------------
+# What is shared
+# ---------------------------------------------------------------------------------------------
+
+
+def test_query_key_and_value_share_one_sketch(joint_of, attention_of):
+    plan = choose_sites(joint_of(attention_of(), batch()), CompactConfig())
+    sites = sites_of(plan)
+    shared = [sites[f"{name}.weight"] for name in "qkv"]
+    assert len({site.sketch for site in shared}) == len({site.projection for site in shared}) == 1
+    assert sites["o.weight"].sketch != shared[0].sketch
+    assert len(plan.projections) == 2
+    assert plan.projections[shared[0].projection].salt == salt_of("k.weight")
+    assert plan.owners[shared[0].projection] in {site.index for site in shared}
+
+
+def test_different_ranks_on_one_activation_are_different_sketches(joint_of, attention_of):
+    config = CompactConfig(rank={"q*": 8, "*": 16}, place="early")
+    sites = sites_of(choose_sites(joint_of(attention_of(), batch()), config))
+    assert sites["q.weight"].sketch != sites["k.weight"].sketch
+    assert sites["k.weight"].sketch == sites["v.weight"].sketch
+    assert (sites["q.weight"].rank, sites["k.weight"].rank) == (8, 16)
+
+
+def test_a_weight_used_twice_has_two_sketches_of_one_projection(joint_of, calls):
+    module = calls(lambda m, x: m.fc(m.fc(x.sin()).tanh()), fc=nn.Linear(64, 64))
+    plan = choose_sites(joint_of(module, batch()), CompactConfig())
+    first, second = plan.sites
+    assert (first.use, second.use) == (0, 1)
+    assert first.sketch != second.sketch
+    assert first.projection == second.projection
+    assert len(plan.projections) == 1
+
+
+def test_weights_that_share_nothing_have_their_own_projections(joint_of):
+    plan = choose_sites(joint_of(mlp(), batch()), CompactConfig())
+    assert {projection.salt for projection in plan.projections} == {
+        salt_of("1.weight"),
+        salt_of("3.weight"),
+    }
+
+
+def test_sketching_one_weight_less_does_not_change_the_other_projections(joint_of):
+    joint = joint_of(mlp(), batch())
+    both = choose_sites(joint, CompactConfig()).projections
+    assert choose_sites(joint, CompactConfig(exclude=("1.*",))).projections == both[1:]
+
+
+# ---------------------------------------------------------------------------------------------
+# Early and late
+# ---------------------------------------------------------------------------------------------
+
+
+def test_an_activation_that_crosses_for_its_weights_alone_is_sketched_early(joint_of):
+    plan = choose_sites(joint_of(nn.Linear(64, 48), batch()), CompactConfig())
+    (site,) = plan.sites
+    assert site.placement == "early"
+    assert (site.bytes_before, site.bytes_after) == (128 * 64 * 4, 128 * 16 * 4)
+    assert (plan.bytes_before, plan.bytes_after) == (site.bytes_before, site.bytes_after)
+
+
+def test_an_activation_that_something_else_keeps_is_sketched_late(joint_of, calls):
+    def forward(m, x):
+        h = torch.softmax(m.first(x), -1)  # its backward keeps its output
+        return m.second(h)
+
+    module = calls(forward, first=nn.Linear(64, 64), second=nn.Linear(64, 64))
+    joint = joint_of(module, batch())
+    site = sites_of(choose_sites(joint, CompactConfig(recompute=False)))["second.weight"]
+    assert site.placement == "late"
+    assert site.bytes_after == site.bytes_before == 128 * 64 * 4
+    assert sites_of(choose_sites(joint, CompactConfig()))["second.weight"].placement == "late"
+
+
+@pytest.mark.parametrize("place", ["early", "late"])
+def test_a_place_that_is_asked_for_is_taken(joint_of, attention_of, place):
+    plan = choose_sites(joint_of(attention_of(), batch()), CompactConfig(place=place))
+    assert len(plan.sketched) == 4
+    assert {site.placement for site in plan.sketched} == {place}
+
+
+def test_early_sketches_cross(joint_of):
+    plan = choose_sites(joint_of(mlp(), batch()), CompactConfig(place="early"))
+    assert {site.placement for site in plan.sites} == {"early"}
+    assert [site.bytes_after for site in plan.sites] == [128 * 16 * 4] * 2
+
+
+def test_early_sketches_cross_where_nothing_is_rebuilt(joint_of):
+    config = CompactConfig(place="early", recompute=False)
+    plan = choose_sites(joint_of(mlp(), batch()), config)
+    assert [site.bytes_after for site in plan.sites] == [128 * 16 * 4] * 2
+
+
+def test_sites_on_one_activation_have_one_placement_and_count_it_once(joint_of, attention_of):
+    plan = choose_sites(joint_of(attention_of(), batch()), CompactConfig())
+    sites = [sites_of(plan)[f"{name}.weight"] for name in "qkv"]
+    assert len({site.placement for site in sites}) == 1
+    assert sum(site.bytes_before > 0 for site in sites) <= 1
+    assert sum(site.bytes_after > 0 for site in sites) <= 1
+
+
+RANKS = [
+    0.25,
+    1,
+    63,
+    64,
+    1.0,
+    {"q*": 8, "*": 16},
+    {"q*": 48, "k*": 32, "v*": 24, "o*": 1},
+    {"q*": 63, "k*": 62, "v*": 61, "o*": 60},
+    {"q*": 64, "k*": 63, "*": 1.0},
+    {"k*": 0.75},
+    {"norm*": 4},
+]
+
+
+def test_bytes_never_grow_on_attention(joint_of, attention_of):
+    joint = joint_of(attention_of(), batch())
+    before = partition(joint.copy(), recompute=False).saved
+    for rank in RANKS:
+        plan = choose_sites(joint, CompactConfig(rank=rank))
+        assert plan.saved_before == before
+        assert plan.bytes_after <= plan.bytes_before, rank
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_bytes_never_grow_on_shared_inputs(joint_of, calls, recompute):
+    def forward(m, x):
+        h = F.silu(x) * x
+        return m.o(torch.tanh(m.q(h) * m.k(h)) + m.v(x)), h.sum(-1)
+
+    joint = joint_of(calls(forward, **{name: nn.Linear(64, 64) for name in "qkvo"}), batch())
+    for rank in RANKS:
+        plan = choose_sites(joint, CompactConfig(rank=rank, recompute=recompute))
+        assert plan.bytes_after <= plan.bytes_before, rank
+
+
+def test_nothing_is_sketched_where_that_keeps_more(joint_of, monkeypatch):
+    def costly(joint, *, recompute, early=()):
+        cut = partition(joint, recompute=recompute, early=early)
+        if not joint.key_inputs:
+            return cut
+        more = Saved(name="more", op="", shape="", dtype="", bytes=10**6)
+        return replace(cut, saved_by_storage={**cut.saved_by_storage, -1: more})
+
+    monkeypatch.setattr("compact_fx.passes.choose_sites.partition", costly)
+    plan = choose_sites(joint_of(mlp(), batch()), CompactConfig())
+    assert plan.sketched == plan.projections == plan.owners == ()
+    assert plan.saved_after == plan.saved_before
+    for site in plan.sites:
+        assert site.reason.startswith("sketching keeps ")
+        assert (site.rank, site.sketch, site.projection) == (0, None, None)
+        assert site.flops_after == site.flops_before
+
+
+def test_a_short_sequence_of_wide_sketches_does_not_grow(joint_of, attention_of):
+    plan = choose_sites(joint_of(attention_of(), batch(1, 2, 64)), CompactConfig(rank=63))
+    assert plan.bytes_after <= plan.bytes_before
+
+
+def test_sketching_saves_floating_point_operations(joint_of, attention_of):
+    plan = choose_sites(joint_of(attention_of(), batch(8, 64, 64)), CompactConfig(rank=8))
+    assert len(plan.sketched) == 4
+    for site in plan.sketched:
+        assert site.flops_before == 2 * 512 * 64 * 64
+        assert 0 < site.flops_after < site.flops_before / 2
+
+
+def test_a_shared_sketch_is_cheaper_than_its_own(joint_of, attention_of):
+    sites = sites_of(choose_sites(joint_of(attention_of(), batch()), CompactConfig()))
+    t, n, r, m = 128, 64, 16, 64
+    assert sites["o.weight"].flops_after == 2 * (t * n * r + t * r * m + n * r * m)
+    assert sites["q.weight"].flops_after == 2 * (t * r * m + n * r * m) + 2 * t * n * r // 3
+
+
+# ---------------------------------------------------------------------------------------------
+# Contract
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["auto", "early", "late"])
+def test_it_changes_nothing(joint_of, attention_of, place):
+    joint = joint_of(attention_of(), batch())
+    nodes = [(node.name, node.target, str(node.args)) for node in joint.module.graph.nodes]
+    meta = [set(node.meta) for node in joint.module.graph.nodes]
+    plan = choose_sites(joint, CompactConfig(place=place))
+    assert len(plan.sketched) == 4
+    after = [(node.name, node.target, str(node.args)) for node in joint.module.graph.nodes]
+    assert after == nodes
+    assert [set(node.meta) for node in joint.module.graph.nodes] == meta
+    assert not any("recompute" in node.meta for node in joint.module.graph.nodes)
+
+
+def test_it_decides_the_same_again(joint_of, attention_of):
+    module, config = attention_of(), CompactConfig()
+    joint = joint_of(module, batch())
+    assert choose_sites(joint, config) == choose_sites(joint, config)
+    assert choose_sites(joint_of(module, batch()), config) == choose_sites(joint, config)
+
+
+def test_a_graph_input_is_sketched(joint_of):
+    plan = choose_sites(joint_of(nn.Linear(64, 48), batch(128, 64)), CompactConfig())
+    assert [site.placement for site in plan.sites] == ["early"]
+
+
+@pytest.mark.parametrize("dims", [(0,), (1,), (0, 1)])
+def test_symbolic_batches_are_sketched(joint_of, dims):
+    x = batch(6, 8, 64)
+    for dim in dims:
+        torch._dynamo.mark_dynamic(x, dim)
+    plan = choose_sites(joint_of(mlp(), x), CompactConfig())
+    assert len(plan.sketched) == 2
+    assert plan.bytes_after < plan.bytes_before
+    assert all(type(saved.bytes) is int for saved in plan.saved_before + plan.saved_after)
+    assert all(type(site.flops_after) is int for site in plan.sites)
+
+
+def test_parameters_do_not_count_as_kept(joint_of, attention_of):
+    plan = choose_sites(joint_of(attention_of(), batch(1, 3, 64)), CompactConfig())
+    weight = 64 * 64 * 4
+    assert all(saved.bytes != weight for saved in plan.saved_before + plan.saved_after)

@@ -1,0 +1,95 @@
+"""The expansion alone: no projection node is left, and the values are those of the operator."""
+
+import pytest
+import torch
+from compact_fx.passes.choose_sites import choose_sites
+from compact_fx.passes.expand_projections import expand_projections
+from compact_fx.passes.partition import partition
+from compact_fx.passes.rewrite_weight_grads import rewrite_weight_grads
+from torch import nn
+
+from compact_fx.config import CompactConfig
+from compact_fx.projections import KINDS, RANDOM_PROJECTION
+
+
+def batch():
+    return torch.randn(2, 8, 48)
+
+
+def mlp():
+    return nn.Sequential(
+        nn.Linear(48, 40), nn.SiLU(), nn.Linear(40, 48), nn.SiLU(), nn.Linear(48, 8)
+    )
+
+
+@pytest.fixture
+def rewritten(joint_of):
+    def make(module, *inputs, **settings):
+        joint = joint_of(module, *inputs)
+        plan = choose_sites(joint, CompactConfig(**settings))
+        changed = joint.with_keys(len(plan.projections))
+        rewrite_weight_grads(changed, plan)
+        return changed
+
+    return make
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_projection_is_left(rewritten, ops_of, kind):
+    module = rewritten(mlp(), batch(), projection=kind).module
+    count = ops_of(module)[RANDOM_PROJECTION]
+    assert count == 3
+    assert expand_projections(module) == count
+    namespaces = {op.namespace for op in ops_of(module) if isinstance(op, torch._ops.OpOverload)}
+    assert namespaces <= {"aten", "prims"}
+    module.graph.lint()
+    assert expand_projections(module) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_values_are_those_of_the_operator(rewritten, values_of, evaluate, kind, seed):
+    joint = rewritten(mlp(), batch(), projection=kind, rank=0.5)
+    values = values_of(joint, seed)
+    expected = evaluate(joint.module, values)
+    expand_projections(joint.module)
+    for a, b in zip(evaluate(joint.module, values), expected, strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rounded_projections_keep_their_values(rewritten, calls, values_of, evaluate, kind):
+    def forward(m, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return m.fc(x)
+
+    joint = rewritten(calls(forward, fc=nn.Linear(48, 40)), batch(), projection=kind)
+    values = values_of(joint)
+    expected = evaluate(joint.module, values)
+    expand_projections(joint.module)
+    for a, b in zip(evaluate(joint.module, values), expected, strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+
+def test_both_sides_are_expanded_alike(rewritten, values_of, evaluate_cut, ops_of):
+    joint = rewritten(mlp(), batch(), place="early", recompute=False)
+    values = values_of(joint)
+    cut = partition(joint, recompute=False)
+    expected = evaluate_cut(cut, joint.num_fwd_outputs, values)
+    assert expand_projections(cut.forward) == expand_projections(cut.backward) == 3
+    got = evaluate_cut(cut, joint.num_fwd_outputs, values)
+    for a, b in zip(got, expected, strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+
+def test_a_graph_without_projections_stays_as_it_is(joint_of):
+    module = joint_of(mlp(), batch()).module
+    nodes = [(node.name, node.target) for node in module.graph.nodes]
+    assert expand_projections(module) == 0
+    assert [(node.name, node.target) for node in module.graph.nodes] == nodes
+
+
+def test_every_new_node_has_a_value(rewritten):
+    module = rewritten(mlp(), batch()).module
+    expand_projections(module)
+    assert all("val" in node.meta for node in module.graph.nodes if node.op != "output")

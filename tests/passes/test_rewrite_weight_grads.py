@@ -1,0 +1,225 @@
+"""The rewriting alone: what is put into the joint graph, and what it leaves as it was."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compact_fx.passes.choose_sites import choose_sites
+from compact_fx.passes.find_weight_grads import find_weight_grads
+from compact_fx.passes.rewrite_weight_grads import rewrite_weight_grads
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy
+from transformers.pytorch_utils import Conv1D
+
+from compact_fx.config import CompactConfig
+from compact_fx.errors import CannotCompact
+from compact_fx.projections import RANDOM_PROJECTION, fold_in, random_projection
+
+mm = torch.ops.aten.mm.default
+
+
+def batch(*shape):
+    return torch.randn(shape or (2, 16, 64))
+
+
+@pytest.fixture
+def rewritten(joint_of):
+    """The joint graph, the plan, the rewritten graph and its sketches."""
+
+    def make(module, *inputs, **settings):
+        joint = joint_of(module, *inputs)
+        plan = choose_sites(joint, CompactConfig(**settings))
+        changed = joint.with_keys(len(plan.projections))
+        return joint, plan, changed, rewrite_weight_grads(changed, plan)
+
+    return make
+
+
+def layers(calls):
+    """A module for each way in which a weight may be used."""
+
+    def qkv(m, x):
+        h = torch.tanh(x)
+        return m.q(h).sin() * m.k(h).cos() + m.v(h).tanh()
+
+    def autocast(m, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return m.fc(torch.tanh(x))
+
+    return {
+        "linear": nn.Linear(64, 48),
+        "conv1d": Conv1D(48, 64),
+        "twice": calls(lambda m, x: m.fc(m.fc(x.sin()).tanh()), fc=nn.Linear(64, 64)),
+        "qkv": calls(qkv, **{name: nn.Linear(64, 64) for name in "qkv"}),
+        "autocast": calls(autocast, fc=nn.Linear(64, 48)),
+        "left": calls(lambda m, x: m.w @ x.sin(), w=nn.Parameter(torch.randn(48, 16))),
+    }
+
+
+CASES = ["linear", "conv1d", "twice", "qkv", "autocast"]
+
+
+@pytest.mark.parametrize(
+    ("case", "sites", "sketches", "projections"),
+    [("linear", 1, 1, 1), ("conv1d", 1, 1, 1), ("twice", 2, 2, 2), ("qkv", 3, 1, 1)],
+)
+def test_operators_before_and_after(rewritten, calls, ops_of, case, sites, sketches, projections):
+    joint, plan, changed, found = rewritten(layers(calls)[case], batch(), rank=16)
+    before, after = ops_of(joint.module), ops_of(changed.module)
+    assert len(plan.sketched) == sites
+    assert len(found) == sketches
+    assert before[RANDOM_PROJECTION] == 0
+    assert after[RANDOM_PROJECTION] == projections
+    # One product becomes two, and each sketch is one more.
+    assert after[mm] == before[mm] + sites + sketches
+    changed.module.graph.lint()
+
+
+def test_the_plan_of_nothing_changes_nothing(rewritten, calls, ops_of):
+    joint, plan, changed, found = rewritten(layers(calls)["qkv"], batch(), exclude=("*",))
+    assert plan.sketched == ()
+    assert found == {}
+    assert (
+        changed.module.code.split("tangents_1):")[1] == joint.module.code.split("tangents_1):")[1]
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shapes_and_dtypes_stay(rewritten, calls, case):
+    joint, _, changed, found = rewritten(layers(calls)[case], batch(), rank=16)
+
+    def outputs(graph):
+        nodes = graph.module.graph.output_node().args[0]
+        return [None if n is None else (n.meta["val"].shape, n.meta["val"].dtype) for n in nodes]
+
+    assert outputs(changed) == outputs(joint)
+    for sketch in found.values():
+        assert tuple(sketch.meta["val"].shape) == (32, 16)
+
+
+@pytest.mark.parametrize("place", ["early", "late"])
+def test_only_late_sketches_are_marked_and_projections_always(rewritten, calls, place):
+    _, _, changed, found = rewritten(layers(calls)["qkv"], batch(), place=place)
+    drawn = changed.module.graph.find_nodes(op="call_function", target=RANDOM_PROJECTION)
+    assert {node.meta["recompute"] for node in drawn} == {CheckpointPolicy.MUST_RECOMPUTE}
+    marks = {node.meta.get("recompute") for node in found.values()}
+    assert marks == {CheckpointPolicy.MUST_RECOMPUTE if place == "late" else None}
+
+
+# ---------------------------------------------------------------------------------------------
+# Numerics
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_only_planned_gradients_change(rewritten, calls, values_of, evaluate, case):
+    joint, plan, changed, _ = rewritten(layers(calls)[case], batch(), rank=16)
+    values = values_of(changed)
+    old, new = evaluate(joint.module, values), evaluate(changed.module, values)
+    outputs = list(joint.module.graph.output_node().args[0])
+    gradients = joint.gradients()
+    planned = {outputs.index(gradients[site.index]) for site in plan.sketched}
+    for position, (a, b) in enumerate(zip(old, new, strict=True)):
+        if position in planned:
+            assert not torch.allclose(a, b, rtol=0.1)
+        else:
+            assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_orthogonal_at_full_rank_is_exact(rewritten, calls, values_of, evaluate, case):
+    settings = {"rank": 1.0, "projection": "orthogonal", "place": "late"}
+    joint, plan, changed, _ = rewritten(layers(calls)[case], batch(), **settings)
+    values = values_of(changed)
+    assert len(plan.sketched) == len(plan.sites)
+    # x, P, z, dy·z and the result are rounded to bfloat16 under autocast.
+    rtol, atol = (2e-2, 1.5e-1) if case == "autocast" else (1e-4, 1e-4)
+    for a, b in zip(evaluate(joint.module, values), evaluate(changed.module, values), strict=True):
+        assert a is b is None or torch.allclose(a, b, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("layer", ["linear", "conv1d"])
+def test_the_gradient_is_that_of_the_formula(rewritten, calls, values_of, evaluate, layer):
+    joint, plan, changed, _ = rewritten(layers(calls)[layer], batch(), rank=16)
+    values = values_of(changed)
+    (site,) = plan.sites
+    (dense,) = find_weight_grads(joint)
+    (projection,) = plan.projections
+    key = values[changed.inputs()[changed.key_inputs[0]].name]
+    p = RANDOM_PROJECTION(key, 64, 16, projection.kind, projection.dtype)
+    position = list(joint.module.graph.output_node().args[0]).index(joint.gradients()[site.index])
+    exact = evaluate(joint.module, values)[position]
+    got = evaluate(changed.module, values)[position]
+    # (dyᵀ x) P Pᵀ, and P Pᵀ (xᵀ dy).
+    expected = exact @ p @ p.T if dense.uses[0].position == 1 else p @ p.T @ exact
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("case", ["linear", "conv1d", "twice", "qkv"])
+def test_the_mean_over_keys_is_the_gradient(rewritten, calls, values_of, evaluate, case):
+    joint, plan, changed, _ = rewritten(
+        layers(calls)[case], batch(2, 8, 64), rank=32, projection="rademacher"
+    )
+    exact = evaluate(joint.module, values_of(joint))
+    outputs = list(joint.module.graph.output_node().args[0])
+    position = outputs.index(joint.gradients()[plan.sites[0].index])
+    samples = torch.stack(
+        [evaluate(changed.module, values_of(changed, seed))[position] for seed in range(150)]
+    ).double()
+    error = (samples.mean(0) - exact[position]).pow(2).sum()
+    spread = samples.var(0).sum() / len(samples)
+    # error / spread has mean 1 and varies like χ² with at least n = 64 degrees of freedom: its σ is
+    # at most √(2/64) = 0.18, and 2.5 is 8 σ, a false alarm below 1e-7.
+    assert error / spread < 2.5
+
+
+# ---------------------------------------------------------------------------------------------
+# Plans that do not fit
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change", [{"use": 3}, {"index": 77}, {"in_features": 63}, {"out_features": 9}]
+)
+def test_a_site_that_is_not_there_cannot_be_compacted(joint_of, change):
+    joint = joint_of(nn.Linear(64, 48), batch())
+    plan = choose_sites(joint, CompactConfig())
+    wrong = replace(plan, sites=tuple(replace(site, **change) for site in plan.sites))
+    with pytest.raises(CannotCompact, match="gradient of weight is not the one"):
+        rewrite_weight_grads(joint.with_keys(1), wrong)
+
+
+def test_a_copy_is_rewritten_and_the_original_stays(rewritten, calls, ops_of):
+    joint, _, changed, _ = rewritten(layers(calls)["qkv"], batch())
+    assert ops_of(joint.module)[RANDOM_PROJECTION] == 0
+    assert len(joint.inputs()) + 1 == len(changed.inputs())
+    assert ops_of(changed.module)[RANDOM_PROJECTION] == 1
+
+
+@pytest.mark.parametrize("layer", [lambda: nn.Linear(64, 48), lambda: Conv1D(48, 64)])
+def test_an_activation_that_is_an_input_is_rewritten(rewritten, values_of, evaluate, layer):
+    settings = {"rank": 64, "projection": "orthogonal", "place": "early"}
+    joint, plan, changed, _ = rewritten(layer(), batch(32, 64), **settings)
+    assert len(plan.sketched) == 1
+    changed.module.graph.lint()
+    values = values_of(changed)
+    for a, b in zip(evaluate(joint.module, values), evaluate(changed.module, values), strict=True):
+        assert a is b is None or torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_key_of_the_graph_is_that_of_the_seed(rewritten, values_of, evaluate):
+    """The projection in the graph is the one that `random_projection` gives outside."""
+    _, _, changed, _ = rewritten(nn.Linear(64, 48), batch(), rank=8)
+    (node,) = changed.module.graph.find_nodes(op="call_function", target=RANDOM_PROJECTION)
+    key = torch.tensor(fold_in(3, 4, 5))
+    drawn = node.target(key, *node.args[1:])
+    assert torch.equal(drawn, random_projection(3, 64, 8, salt=4, generation=5))
+
+
+def test_a_frozen_neighbour_stays_as_it_is(rewritten, calls, ops_of):
+    frozen = nn.Parameter(torch.randn(64, 64), requires_grad=False)
+    module = calls(lambda m, x: m.fc(F.linear(x, m.w).tanh()), w=frozen, fc=nn.Linear(64, 64))
+    _, plan, changed, found = rewritten(module, batch())
+    assert [site.weight for site in plan.sketched] == ["fc.weight"]
+    assert len(found) == ops_of(changed.module)[RANDOM_PROJECTION] == 1
