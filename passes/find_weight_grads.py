@@ -155,7 +155,7 @@ class _Finder:
                 else:
                     pending += [(term, node) for term in terms]  # type: ignore[misc]
             else:
-                reasons.append(f"its gradient is made by {_operator(node)}")
+                reasons.append(f"its gradient is no matmul: {_operator(node)}")
         order = {use.matmul: use for use in uses}
         graph_order = [n for n in self._output.graph.nodes if n in order]
         return tuple(order[node] for node in graph_order), "; ".join(dict.fromkeys(reasons))
