@@ -256,6 +256,29 @@ def compile_graph(
     )
 
 
+def compile_function(
+    function: Callable[[torch.Tensor], torch.Tensor], example: torch.Tensor
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function of one tensor through Inductor, without Dynamo and its limit of recompilations."""
+    with torch.no_grad():
+        graph = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="fake")
+        compiled = compile_fx(graph(example), [example])
+
+    def run(value: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            result = compiled(value)  # type: ignore[operator]
+        return result[0] if isinstance(result, list | tuple) else result
+
+    return run
+
+
+def active_ddp() -> bool:
+    """Whether the code that is being compiled runs inside of DistributedDataParallel."""
+    from torch.nn.parallel.distributed import DistributedDataParallel
+
+    return DistributedDataParallel._get_active_ddp_module() is not None
+
+
 @contextlib.contextmanager
 def cold_joint_graph() -> Iterator[None]:
     """AOTAutograd traces the joint graph and calls the partitioner even if its cache is warm."""

@@ -25,6 +25,7 @@ from compact_fx.passes.joint_graph import JointGraph
 from compact_fx.passes.partition import partition
 from compact_fx.passes.rewrite_weight_grads import rewrite_weight_grads
 from compact_fx.plan import Plan
+from compact_fx.proxies import ProxyInputs
 from compact_fx.report import report
 from compact_fx.schedule import KeySchedule
 
@@ -70,6 +71,11 @@ class CompactBackend:
         compiler = _GraphCompiler(self.config, inductor, module, example_inputs)
         if not compiler.trains():
             return compiler.compile_untouched()
+        if self.config.gradients == "sketched" and _torch.active_ddp():
+            raise ValueError(
+                'gradients="sketched" does not work inside of DistributedDataParallel yet, which '
+                'would exchange dense gradients only; use gradients="dense"'
+            )
         try:
             plan, compiled = compiler.compile()
         except CannotCompact as error:
@@ -189,20 +195,26 @@ class _GraphCompiler:
 
         schedule = KeySchedule(plan, self._config.seed, self._config.update_interval)
         owners = plan.owners
-        keys = schedule.keys([self._example_inputs[index] for index in owners])
+        proxy_inputs = ProxyInputs(plan, schedule)
+
+        def extra_inputs(arguments: Sequence[Any]) -> list[Tensor]:
+            keys = schedule.keys([arguments[index] for index in owners])
+            return [*keys, *proxy_inputs.proxies(arguments)]
+
         module = _torch.copy_graph_module(self._module)
-        for number in range(len(keys)):
-            _torch.append_placeholder(module, f"projection_key_{number}")
+        extra = extra_inputs(self._example_inputs)
+        for number in range(len(extra)):
+            _torch.append_placeholder(module, f"compact_input_{number}")
         module.recompile()
         compiled = self._compile(
             module,
-            [*self._example_inputs, *keys],
+            [*self._example_inputs, *extra],
             functools.partial(self._partition, plan),
             plan,
         )
 
         def run(*args: Any) -> Any:
-            return compiled(*args, *schedule.keys([args[index] for index in owners]))
+            return compiled(*args, *extra_inputs(args))
 
         return plan, run
 
@@ -244,9 +256,13 @@ class _GraphCompiler:
         static_inputs: Sequence[int],
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         first_key = len(self._example_inputs)
-        keys = tuple(range(first_key, first_key + len(plan.projections)))
+        first_proxy = first_key + len(plan.projections)
         with _failures_are_cannot_compact():
-            joint = replace(self._joint(module, num_fwd_outputs, static_inputs), key_inputs=keys)
+            joint = replace(
+                self._joint(module, num_fwd_outputs, static_inputs),
+                key_inputs=tuple(range(first_key, first_proxy)),
+                proxy_inputs=tuple(range(first_proxy, first_proxy + len(plan.proxies))),
+            )
             sketches = rewrite_weight_grads(joint, plan)
             early = plan.early(sketches)
             cut = partition(joint, recompute=self._config.recompute, early=early)

@@ -21,7 +21,8 @@ class CompactConfig:
         rank: columns of a sketch. A float in (0, 1] is a fraction of each weight's in_features,
             an int ≥ 1 an absolute rank; a mapping of name pattern → either gives the first match,
             and weights that match none are left alone.
-        gradients: "dense" gives every weight a `.grad` of its own shape.
+        gradients: "dense" gives every weight a `.grad` of its own shape. "sketched" gives it a
+            `SketchedGrad` that holds the (out_features, rank) factor: for `CompactAdamW`.
         projection: "gaussian", "rademacher", "sparse" or "orthogonal".
         update_interval: optimizer steps after which a weight's projection changes (T in the paper).
         seed: of all projections; the same seed and steps give the same run.
@@ -61,9 +62,7 @@ class CompactConfig:
                 _check_rank(f"rank[{pattern!r}]", rank)
         else:
             _check_rank("rank", self.rank)
-        if self.gradients == "sketched":
-            raise ValueError('gradients="sketched" does not exist yet; use gradients="dense"')
-        _check_choice("gradients", self.gradients, ("dense",))
+        _check_choice("gradients", self.gradients, ("dense", "sketched"))
         _check_choice("projection", self.projection, KINDS)
         _check_choice("place", self.place, get_args(Place))
         _check_choice("inner", self.inner, get_args(Inner))

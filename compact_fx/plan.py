@@ -39,7 +39,8 @@ class Site:
         in_features, out_features: 0 where its gradient is not a matrix product.
         rank: columns of the sketch, 0 where it is left alone.
         placement: "early" (sketch saved by the forward), "late" (made in the backward) or None.
-        reason: why it was left alone, "" if it was not.
+        reason: why it was left alone, or why its gradient is dense although sketched gradients
+            were asked for; "" for neither.
         sketch: which sketch of the graph; sites on one activation with one rank share it.
         projection: index into `Plan.projections`.
         bytes_before, bytes_after: what crosses for this use; weights on one activation count it
@@ -64,6 +65,23 @@ class Site:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Proxy:
+    """A graph input that stands for the sketched gradient of one weight.
+
+    Attributes:
+        index: the weight's graph input.
+        projection: index into `Plan.projections`.
+        shape: the weight's, with in_features replaced by the rank.
+        in_dim: which dimension that is.
+    """
+
+    index: int
+    projection: int
+    shape: tuple[int, int]
+    in_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Every candidate weight of one graph and what crosses its boundary, before and after.
 
@@ -72,6 +90,7 @@ class Plan:
         place: "early" if the forward was made to compute all sketches, see `CompactConfig.place`.
         late: sketches that the backward is made to compute; the partitioner places the others.
         projections: the distinct ones, in the order of the graph's key inputs.
+        proxies: one for each weight whose gradient stays sketched.
         owners: for each projection the graph input of a weight that uses it.
         saved_before: what torch.compile's own partition keeps; `saved_after`: what ours keeps.
     """
@@ -81,6 +100,7 @@ class Plan:
     late: frozenset[int] = frozenset()
     projections: tuple[Projection, ...] = ()
     owners: tuple[int, ...] = ()
+    proxies: tuple[Proxy, ...] = ()
     saved_before: tuple[Saved, ...] = ()
     saved_after: tuple[Saved, ...] = ()
 

@@ -33,11 +33,20 @@ def steps_of(weight: Tensor) -> int:
     return _steps.setdefault(weight, 0)
 
 
+def set_steps(weight: Tensor, steps: int) -> None:
+    """Resume: the weight has seen this many optimizer steps."""
+    _count_optimizer_steps()
+    _steps[weight] = steps
+
+
 class KeySchedule:
     """The key inputs of one compiled graph: one 0-d int64 tensor for each of its projections.
 
     New tensors, never new values in old ones: a backward pass that is still to come keeps the keys
     of its own forward pass.
+
+    Attributes:
+        values: the keys as numbers, as of the last call of `keys`.
     """
 
     def __init__(self, plan: Plan, seed: int, update_interval: int) -> None:
@@ -46,18 +55,19 @@ class KeySchedule:
         self._update_interval = update_interval
         self._generations: tuple[int, ...] | None = None
         self._keys: tuple[Tensor, ...] = ()
+        self.values: list[int] = []
 
     def keys(self, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The keys for this step, given for each projection a weight that uses it."""
         generations = tuple(steps_of(weight) // self._update_interval for weight in weights)
         if generations != self._generations:
             device = weights[0].device
-            values = [
+            self.values = [
                 fold_in(self._seed, salt, generation)
                 for salt, generation in zip(self._salts, generations, strict=True)
             ]
             # One copy to the device; clones, since a view of a vector is not 16-byte aligned.
-            stacked = torch.tensor(values, dtype=torch.int64).to(device)
+            stacked = torch.tensor(self.values, dtype=torch.int64).to(device)
             self._keys = tuple(key.clone() for key in stacked.unbind())
             self._generations = generations
         return self._keys

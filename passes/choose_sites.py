@@ -1,18 +1,18 @@
 """Decide which weight gradients are sketched, and on which side of the boundary."""
 
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from compact_fx.passes.find_weight_grads import Use, WeightGrad, find_weight_grads
-from compact_fx.passes.joint_graph import JointGraph
-from compact_fx.passes.partition import Partition, bytes_of, is_tensor, partition, storage_of
-from compact_fx.passes.rewrite_weight_grads import rewrite_weight_grads
 from torch import fx
 
 from compact_fx import _torch
 from compact_fx.config import CompactConfig, resolve_rank
-from compact_fx.plan import Plan, Site
+from compact_fx.passes.find_weight_grads import Use, WeightGrad, find_weight_grads
+from compact_fx.passes.joint_graph import JointGraph
+from compact_fx.passes.partition import Partition, bytes_of, is_tensor, partition, storage_of
+from compact_fx.passes.rewrite_weight_grads import rewrite_weight_grads
+from compact_fx.plan import Plan, Proxy, Site
 from compact_fx.projections import Projection, salt_of
 
 
@@ -46,7 +46,9 @@ def choose_sites(joint: JointGraph, config: CompactConfig) -> Plan:
         best = min(best, trial, key=lambda trial: trial.cut.bytes)
     if config.place == "auto" and best.cut.bytes > before.bytes:
         reason = f"sketching keeps {best.cut.bytes - before.bytes} bytes more than without"
-        sites = tuple(_left_alone(s, s.reason or reason) for s in plan.sites)
+        sites = tuple(
+            _left_alone(s, s.reason if s.placement is None else reason) for s in plan.sites
+        )
         return Plan(sites=sites, saved_before=before.saved, saved_after=before.saved)
     return replace(
         best.plan,
@@ -160,10 +162,44 @@ def _draft(joint: JointGraph, config: CompactConfig) -> Plan:
             owners.append(site.index)
         sketch = sketches.setdefault((x, projection), len(sketches))
         sites[position] = replace(site, sketch=sketch, projection=projections[projection])
+    proxies: dict[int, Proxy] = {}
+    if config.gradients == "sketched":
+        for grad in grads:
+            own = [(i, site) for i, site in enumerate(sites) if site.index == grad.index]
+            if all(site.placement is None for _, site in own):
+                continue
+            proxy = _proxy(grad, [site for _, site in own], joint)
+            if isinstance(proxy, Proxy):
+                proxies[grad.index] = proxy
+            else:
+                for i, site in own:
+                    sites[i] = replace(site, reason=site.reason or f"dense gradient: {proxy}")
     return Plan(
-        sites=tuple(_with_flops(sites, uses)),
+        sites=tuple(_with_flops(sites, uses, proxies)),
         projections=tuple(projections),
         owners=tuple(owners),
+        proxies=tuple(proxies.values()),
+    )
+
+
+def _proxy(grad: WeightGrad, sites: list[Site], joint: JointGraph) -> Proxy | str:
+    """The proxy of a weight, or the reason why its gradient cannot stay sketched."""
+    if grad.reason:
+        return grad.reason
+    if len({site.projection for site in sites}) > 1:
+        return "its uses are not sketched alike"
+    in_dim, *others = (use.in_dim for use in grad.uses)
+    if in_dim is None or any(other != in_dim for other in others):
+        return "it is reshaped before it is used"
+    shape = list(joint.inputs()[grad.index].meta["val"].shape)
+    if len(shape) != 2 or sites[0].projection is None:
+        return "it is not a matrix"
+    shape[in_dim] = sites[0].rank
+    return Proxy(
+        index=grad.index,
+        projection=sites[0].projection,
+        shape=(shape[0], shape[1]),
+        in_dim=in_dim,
     )
 
 
@@ -208,7 +244,9 @@ def _salts(sites: Iterable[Site], uses: dict[tuple[int, int], Use]) -> dict[str,
     return {site.weight: salt_of(min(group_of.get(site.weight, {""}))) for site in sites}
 
 
-def _with_flops(sites: list[Site], uses: dict[tuple[int, int], Use]) -> Iterator[Site]:
+def _with_flops(
+    sites: list[Site], uses: dict[tuple[int, int], Use], proxies: Mapping[int, Proxy]
+) -> Iterator[Site]:
     shares: dict[int | None, int] = {}
     for site in sites:
         shares[site.sketch] = shares.get(site.sketch, 0) + 1
@@ -218,11 +256,11 @@ def _with_flops(sites: list[Site], uses: dict[tuple[int, int], Use]) -> Iterator
             yield site
             continue
         t, n, m, r = _torch.size_hint(use.tokens), site.in_features, site.out_features, site.rank
-        dense = 2 * t * n * m
-        sketched = 2 * t * n * r // shares[site.sketch] + 2 * t * r * m + 2 * n * r * m
-        yield replace(
-            site, flops_before=dense, flops_after=dense if site.placement is None else sketched
-        )
+        dense = sketched = 2 * t * n * m
+        if site.placement is not None:
+            sketched = 2 * t * n * r // shares[site.sketch] + 2 * t * r * m
+            sketched += 0 if site.index in proxies else 2 * n * r * m
+        yield replace(site, flops_before=dense, flops_after=sketched)
 
 
 def _with_bytes(best: _Trial, before: Partition) -> Iterator[Site]:

@@ -4,10 +4,10 @@ import functools
 from typing import Any
 
 import torch
-from compact_fx.passes.joint_graph import finish
 from torch import fx
 
 from compact_fx import _torch
+from compact_fx.passes.joint_graph import finish
 from compact_fx.projections import RANDOM_PROJECTION, draw
 
 

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from compact_fx.passes.joint_graph import JointGraph, is_transposition
 from torch import fx
+
+from compact_fx.passes.joint_graph import JointGraph, is_transposition
 
 aten = torch.ops.aten
 
 # What may stand between a matmul and the gradient: relabels, rounds or adds, elementwise linear.
-_TRANSPARENT = {
+_RESHAPING = {
     aten.permute.default,
-    aten.t.default,
     aten.transpose.int,
     aten.view.default,
     aten.squeeze.dim,
@@ -21,6 +21,9 @@ _TRANSPARENT = {
     aten.unsqueeze.default,
     aten.reshape.default,
     aten._unsafe_view.default,
+}
+_TRANSPARENT = _RESHAPING | {
+    aten.t.default,
     aten.clone.default,
     aten._to_copy.default,
     torch.ops.prims.convert_element_type.default,
@@ -36,10 +39,13 @@ class Use:
         matmul: the `aten.mm` node.
         position: which operand is the activation: 1 in `dyᵀ·x` (`F.linear`), 0 in `xᵀ·dy`
             (GPT-2's Conv1D).
+        in_dim: which dimension of the weight in_features is, None where the product is reshaped on
+            its way to the gradient.
     """
 
     matmul: fx.Node
     position: Literal[0, 1]
+    in_dim: int | None
 
     @property
     def activation(self) -> fx.Node:
@@ -135,13 +141,14 @@ class _Finder:
             return (), "its gradient is also returned elsewhere"
         uses: list[Use] = []
         reasons: list[str] = []
-        pending: list[tuple[fx.Node, fx.Node]] = [(gradient, self._output)]
+        # Each node with its reader, and which of its dimensions is the weight's first.
+        pending: list[tuple[fx.Node, fx.Node, int | None]] = [(gradient, self._output, 0)]
         while pending:
-            node, reader = pending.pop()
+            node, reader, first = pending.pop()
             if set(node.users) != {reader}:
                 reasons.append("its gradient is also used elsewhere")
             elif node.target is aten.mm.default:
-                use = self._use(node)
+                use = self._use(node, first)
                 if use is None:
                     reasons.append("its gradient is a product of no activation")
                 else:
@@ -153,14 +160,18 @@ class _Finder:
                 elif len(set(terms)) < len(terms):
                     reasons.append("its gradient is doubled")
                 else:
-                    pending += [(term, node) for term in terms]  # type: ignore[misc]
+                    if is_transposition(node):
+                        first = None if first is None else 1 - first
+                    elif node.target in _RESHAPING:
+                        first = None
+                    pending += [(term, node, first) for term in terms]  # type: ignore[misc]
             else:
                 reasons.append(f"its gradient is no matmul: {_operator(node)}")
         order = {use.matmul: use for use in uses}
         graph_order = [n for n in self._output.graph.nodes if n in order]
         return tuple(order[node] for node in graph_order), "; ".join(dict.fromkeys(reasons))
 
-    def _use(self, matmul: fx.Node) -> Use | None:
+    def _use(self, matmul: fx.Node, first: int | None) -> Use | None:
         for position in (0, 1):
             activation, gradient = matmul.args[position], matmul.args[1 - position]
             if (
@@ -168,5 +179,6 @@ class _Finder:
                 and activation in self._activations
                 and gradient in self._backward
             ):
-                return Use(matmul, position)  # type: ignore[arg-type]
+                in_dim = None if first is None else int(position != first)
+                return Use(matmul, position, in_dim)  # type: ignore[arg-type]
         return None

@@ -22,6 +22,7 @@ class JointGraph:
         static_inputs: positions of placeholders that outlive the step: parameters and buffers.
         weights: input index → qualified name, of the parameters.
         key_inputs: input indices of the projections' keys, in the plan's order.
+        proxy_inputs: input indices of the plan's proxies; empty while the plan is being made.
     """
 
     module: fx.GraphModule
@@ -29,6 +30,7 @@ class JointGraph:
     static_inputs: tuple[int, ...]
     weights: Mapping[int, str]
     key_inputs: tuple[int, ...] = ()
+    proxy_inputs: tuple[int, ...] = ()
 
     def copy(self) -> "JointGraph":
         """The same with a graph of its own; nodes keep their names."""
@@ -68,6 +70,12 @@ class JointGraph:
             if (index := _torch.gradient_index(descriptor)) is not None
         }
 
+    def gradient_positions(self) -> dict[int, int]:
+        """By input index: where among the outputs that input's gradient is."""
+        descriptors = _torch.output_descriptors(self.module.graph)
+        found = ((_torch.gradient_index(d), at) for at, d in enumerate(descriptors))
+        return {index: at for index, at in found if index is not None}
+
     def backward_nodes(self) -> set[fx.Node]:
         """Nodes that depend on a gradient that flows in."""
         found: set[fx.Node] = set()
@@ -89,7 +97,7 @@ class JointGraph:
     def static_placeholders(self) -> set[fx.Node]:
         """Placeholders that outlive the step: parameters, buffers and keys."""
         placeholders = self.module.graph.find_nodes(op="placeholder")
-        lasting = {*self.weights, *self.key_inputs}
+        lasting = {*self.weights, *self.key_inputs, *self.proxy_inputs}
         return {
             node
             for position, node in enumerate(placeholders)

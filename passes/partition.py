@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from compact_fx.passes.joint_graph import JointGraph
 from torch import fx
 
 from compact_fx import _torch
 from compact_fx.errors import CannotCompact
+from compact_fx.passes.joint_graph import JointGraph
 from compact_fx.plan import Saved
 from compact_fx.projections import RANDOM_PROJECTION
 

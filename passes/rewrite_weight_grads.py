@@ -1,13 +1,13 @@
 """Put the sketches of a plan into the joint graph."""
 
 import torch
-from compact_fx.passes.find_weight_grads import Use, find_weight_grads
-from compact_fx.passes.joint_graph import JointGraph, finish, insert
 from torch import fx
 
 from compact_fx import _torch
 from compact_fx.errors import CannotCompact
-from compact_fx.plan import Plan, Site
+from compact_fx.passes.find_weight_grads import Use, find_weight_grads
+from compact_fx.passes.joint_graph import JointGraph, finish, insert
+from compact_fx.plan import Plan, Proxy, Site
 from compact_fx.projections import RANDOM_PROJECTION
 
 aten = torch.ops.aten
@@ -27,8 +27,10 @@ def rewrite_weight_grads(joint: JointGraph, plan: Plan) -> dict[int, fx.Node]:
         factor = aten.mm(dyᵀ, z)                              # (m, r)
         mm = aten.mm(factor, Pᵀ)                              # (m, n)
 
-    and `xᵀ dy` by `P (zᵀ dy)`. Sites on one activation with one projection share P and z. P is
-    marked to be drawn on each side, and the sketches in `plan.late` to be computed in the backward.
+    and `xᵀ dy` by `P (zᵀ dy)`. For a weight with a proxy the factor stays as it is: the weight's
+    gradient becomes None and the proxy's the factor. Sites on one activation with one projection
+    share P and z. P is marked to be drawn on each side, and the sketches in `plan.late` to be
+    computed in the backward pass.
 
     Args:
         joint: changed in place; has one 0-d int64 key input for each of the plan's projections.
@@ -48,6 +50,7 @@ def rewrite_weight_grads(joint: JointGraph, plan: Plan) -> dict[int, fx.Node]:
         (grad.index, i): use for grad in find_weight_grads(joint) for i, use in enumerate(grad.uses)
     }
     sketches: dict[int, tuple[fx.Node, fx.Node]] = {}
+    stays_sketched = {proxy.index: proxy for proxy in plan.proxies}
     for site in plan.sketched:
         use = uses.get((site.index, site.use))
         if use is None or (use.in_features, use.out_features) != (
@@ -62,7 +65,9 @@ def rewrite_weight_grads(joint: JointGraph, plan: Plan) -> dict[int, fx.Node]:
         if site.sketch not in sketches:
             key = keys[site.projection]
             sketches[site.sketch] = _sketch(joint.module.graph, use, site, plan, key)
-        _replace(joint.module.graph, use, *sketches[site.sketch])
+        _replace(joint.module.graph, use, *sketches[site.sketch], stays_sketched.get(site.index))
+    if joint.proxy_inputs:
+        _return_factors(joint, plan)
     finish(joint.module)
     return {i: sketch for i, (_, sketch) in sketches.items()}
 
@@ -90,17 +95,53 @@ def _sketch(
     return drawn, sketch
 
 
-def _replace(graph: fx.Graph, use: Use, drawn: fx.Node, sketch: fx.Node) -> None:
+def _replace(
+    graph: fx.Graph, use: Use, drawn: fx.Node, sketch: fx.Node, proxy: Proxy | None
+) -> None:
     old = use.matmul
     gradient = old.args[1 - use.position]
     with graph.inserting_before(old):
         if use.position == 1:
-            factor = insert(graph, aten.mm.default, (gradient, sketch), like=old, name="factor")
-            drawn_t = insert(graph, aten.permute.default, (drawn, [1, 0]), like=old, name="back")
-            new = insert(graph, aten.mm.default, (factor, drawn_t), like=old, name="weight_grad")
+            new = factor = insert(
+                graph, aten.mm.default, (gradient, sketch), like=old, name="factor"
+            )
         else:
             sketch_t = insert(graph, aten.permute.default, (sketch, [1, 0]), like=old, name="rows")
-            factor = insert(graph, aten.mm.default, (sketch_t, gradient), like=old, name="factor")
+            new = factor = insert(
+                graph, aten.mm.default, (sketch_t, gradient), like=old, name="factor"
+            )
+        if proxy is None and use.position == 1:
+            drawn_t = insert(graph, aten.permute.default, (drawn, [1, 0]), like=old, name="back")
+            new = insert(graph, aten.mm.default, (factor, drawn_t), like=old, name="weight_grad")
+        elif proxy is None:
             new = insert(graph, aten.mm.default, (drawn, factor), like=old, name="weight_grad")
     old.replace_all_uses_with(new)
     graph.erase_node(old)
+
+
+def _return_factors(joint: JointGraph, plan: Plan) -> None:
+    """Move each sketched gradient from its weight's place among the outputs to its proxy's."""
+    output = joint.module.graph.output_node()
+    outputs = list(output.args[0])  # type: ignore[arg-type]
+    positions = joint.gradient_positions()
+    for proxy, proxy_input in zip(plan.proxies, joint.proxy_inputs, strict=True):
+        source, target = positions[proxy.index], positions.get(proxy_input)
+        if target is None or outputs[target] is not None:
+            raise CannotCompact("a proxy input has no free place among the gradients")
+        outputs[source], outputs[target] = None, outputs[source]
+        _update_values(outputs[target])
+        if tuple(outputs[target].meta["val"].shape) != proxy.shape:
+            raise CannotCompact(f"a factor of shape {proxy.shape} was planned for")
+    output.args = (outputs,)
+
+
+def _update_values(node: fx.Node) -> None:
+    """New fake values from the factors down to the gradient: the shape has changed."""
+    if node.target is aten.mm.default:
+        return
+    for source in node.all_input_nodes:
+        _update_values(source)
+    arguments, keywords = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    with _torch.fake_mode_of(node.meta["val"]):
+        node.meta["val"] = node.target(*arguments, **keywords)  # type: ignore[operator]
+    node.meta.pop("tensor_meta", None)

@@ -4,10 +4,10 @@ from collections import Counter
 
 import pytest
 import torch
-from compact_fx.passes.joint_graph import JointGraph
 from torch import fx, nn
 
 from compact_fx import _torch
+from compact_fx.passes.joint_graph import JointGraph
 from compact_fx.projections import fold_in
 
 

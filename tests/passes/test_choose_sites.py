@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from compact_fx.passes.choose_sites import choose_sites
-from compact_fx.passes.partition import partition
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from compact_fx.config import CompactConfig
+from compact_fx.passes.choose_sites import choose_sites
+from compact_fx.passes.partition import partition
 from compact_fx.plan import Saved
 from compact_fx.projections import KINDS, salt_of
 

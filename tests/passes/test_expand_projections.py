@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
+
+from compact_fx.config import CompactConfig
 from compact_fx.passes.choose_sites import choose_sites
 from compact_fx.passes.expand_projections import expand_projections
 from compact_fx.passes.partition import partition
 from compact_fx.passes.rewrite_weight_grads import rewrite_weight_grads
-from torch import nn
-
-from compact_fx.config import CompactConfig
 from compact_fx.projections import KINDS, RANDOM_PROJECTION
 
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from compact_fx.passes.find_weight_grads import find_weight_grads
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from compact_fx.passes.find_weight_grads import find_weight_grads
 
 aten = torch.ops.aten
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from compact_fx.passes.choose_sites import choose_sites
-from compact_fx.passes.partition import bytes_of, partition, storage_of
-from compact_fx.passes.rewrite_weight_grads import rewrite_weight_grads
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from compact_fx.config import CompactConfig
+from compact_fx.passes.choose_sites import choose_sites
+from compact_fx.passes.partition import bytes_of, partition, storage_of
+from compact_fx.passes.rewrite_weight_grads import rewrite_weight_grads
 from compact_fx.projections import RANDOM_PROJECTION
 
 TOKENS = 34

@@ -5,15 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from compact_fx.passes.choose_sites import choose_sites
-from compact_fx.passes.find_weight_grads import find_weight_grads
-from compact_fx.passes.rewrite_weight_grads import rewrite_weight_grads
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy
 from transformers.pytorch_utils import Conv1D
 
 from compact_fx.config import CompactConfig
 from compact_fx.errors import CannotCompact
+from compact_fx.passes.choose_sites import choose_sites
+from compact_fx.passes.find_weight_grads import find_weight_grads
+from compact_fx.passes.rewrite_weight_grads import rewrite_weight_grads
 from compact_fx.projections import RANDOM_PROJECTION, fold_in, random_projection
 
 mm = torch.ops.aten.mm.default

@@ -1,0 +1,81 @@
+"""The graph inputs that receive sketched gradients, and how these reach `weight.grad`."""
+
+import weakref
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from compact_fx.plan import Plan, Proxy
+from compact_fx.schedule import KeySchedule
+from compact_fx.sketched_grad import Basis, ConsumedGrad, SketchedGrad
+
+_proxies: MutableMapping[Tensor, dict[Basis, Tensor]] = WeakTensorKeyDictionary()
+_listeners: MutableMapping[Tensor, Callable[[Tensor], None]] = WeakTensorKeyDictionary()
+
+
+def call_after_sketched_grad(weight: Tensor, listener: Callable[[Tensor], None]) -> None:
+    """Call this with the weight whenever a backward pass has set or added to its sketched gradient.
+
+    A weight's own accumulate hooks do not see these: autograd accumulates into the proxy.
+    """
+    _listeners[weight] = listener
+
+
+class ProxyInputs:
+    """The proxy inputs of one compiled graph."""
+
+    def __init__(self, plan: Plan, schedule: KeySchedule) -> None:
+        self._plan = plan
+        self._schedule = schedule
+
+    def proxies(self, arguments: Sequence[Any]) -> list[Tensor]:
+        """One proxy for each weight whose gradient stays sketched, for the keys of this call."""
+        return [
+            proxy_of(
+                arguments[proxy.index],
+                proxy,
+                Basis(
+                    projection=self._plan.projections[proxy.projection],
+                    key=self._schedule.values[proxy.projection],
+                    in_dim=proxy.in_dim,
+                ),
+            )
+            for proxy in self._plan.proxies
+        ]
+
+
+def proxy_of(weight: Tensor, proxy: Proxy, basis: Basis) -> Tensor:
+    """The weight's leaf for this basis: of the factor's shape, without memory of its own.
+
+    A changed projection gets another leaf: a backward pass that comes late still delivers its
+    gradient in the basis of its forward.
+    """
+    own = _proxies.setdefault(weight, {})
+    if basis not in own:
+        own.clear()  # leaves of old bases live on in the graphs that use them
+        leaf = torch.zeros(1, dtype=weight.dtype, device=weight.device).expand(proxy.shape)
+        leaf.requires_grad_()
+        reference = weakref.ref(weight)
+        leaf.register_post_accumulate_grad_hook(
+            lambda leaf: _deliver(leaf, reference(), basis)  # type: ignore[arg-type,return-value]
+        )
+        own[basis] = leaf
+    return own[basis]
+
+
+def _deliver(leaf: Tensor, weight: Tensor | None, basis: Basis) -> None:
+    factor, leaf.grad = leaf.grad, None
+    if weight is None or factor is None:
+        return
+    gradient = SketchedGrad(factor, basis)
+    if weight.grad is None:
+        weight.grad = gradient
+    elif isinstance(weight.grad, SketchedGrad | ConsumedGrad):
+        weight.grad += gradient
+    else:
+        weight.grad = weight.grad + gradient.to_dense()
+    if listener := _listeners.get(weight):
+        listener(weight)
