@@ -22,20 +22,32 @@ import torch
 from tabulate import tabulate
 from transformers import LlamaConfig, LlamaModel
 
-from compact_fx import CompactBackend, compact_backend
+from compact_fx import CompactAdamW, CompactBackend, compact_backend
 
-VARIANTS: dict[str, Callable[[], Any]] = {
-    "eager": lambda: None,
-    "torch.compile": lambda: "inductor",
-    "compact n/4": lambda: compact_backend(rank=0.25, strict=True),
-    "compact n/8": lambda: compact_backend(rank=0.125, strict=True),
-    "compact n/4, recompute=False": lambda: compact_backend(
-        rank=0.25, recompute=False, strict=True
-    ),
-    "compact n/4, orthogonal": lambda: compact_backend(
-        rank=0.25, projection="orthogonal", strict=True
-    ),
+
+def dense(**settings: Any) -> tuple[Any, type[torch.optim.Optimizer]]:
+    """A compact backend with torch's own optimizer."""
+    return compact_backend(strict=True, **settings), torch.optim.AdamW
+
+
+def sketched(**settings: Any) -> tuple[Any, type[torch.optim.Optimizer]]:
+    """A compact backend whose gradients and moments stay sketched."""
+    return compact_backend(strict=True, gradients="sketched", **settings), CompactAdamW
+
+
+VARIANTS: dict[str, Callable[[], tuple[Any, type[torch.optim.Optimizer]]]] = {
+    "eager": lambda: (None, torch.optim.AdamW),
+    "torch.compile": lambda: ("inductor", torch.optim.AdamW),
+    "compact n/4": lambda: dense(rank=0.25),
+    "compact n/8": lambda: dense(rank=0.125),
+    "compact n/4, recompute=False": lambda: dense(rank=0.25, recompute=False),
+    "compact n/4, orthogonal": lambda: dense(rank=0.25, projection="orthogonal"),
+    "compact n/4, sketched gradients": lambda: sketched(rank=0.25),
+    "compact n/8, sketched gradients": lambda: sketched(rank=0.125),
 }
+
+
+COLUMNS = ("ms", "ms_ratio", "peak_gb", "peak_ratio", "kept_gb", "optimizer_ms")
 
 
 def build(args: argparse.Namespace) -> LlamaModel:
@@ -60,15 +72,15 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     gc.collect()
     torch.cuda.empty_cache()
     model = build(args)
-    backend = VARIANTS[name]()
+    backend, optimizer_class = VARIANTS[name]()
     if backend is not None:
         model.compile(backend=backend)
     weights = [w for n, w in model.named_parameters() if "embed_tokens" not in n]
-    optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)
+    optimizer = optimizer_class(weights, lr=1e-4, fused=True)  # type: ignore[call-arg]
     x = torch.randn(args.batch, args.seq, args.hidden, device=args.device, dtype=torch.bfloat16)
     target = torch.randn_like(x)
 
-    def step() -> tuple[float, int]:
+    def step() -> tuple[float, int, float]:
         optimizer.zero_grad()
         torch.cuda.synchronize()
         before, start = torch.cuda.memory_allocated(), time.perf_counter()
@@ -76,22 +88,26 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         kept = torch.cuda.memory_allocated() - before
         torch.nn.functional.mse_loss(output.float(), target.float()).backward()
         del output
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record()
         optimizer.step()
+        events[1].record()
         torch.cuda.synchronize()
-        return time.perf_counter() - start, kept
+        return time.perf_counter() - start, kept, events[0].elapsed_time(events[1])
 
-    cold, _ = step()
+    cold, *_ = step()
     for _ in range(args.warmup):
         step()
     torch.cuda.reset_peak_memory_stats()
     results = [step() for _ in range(args.steps)]
-    times = [seconds for seconds, _ in results]
+    times = [seconds for seconds, *_ in results]
     row = {
         "step": name,
         "ms": 1e3 * statistics.median(times),
         "ms_fastest": 1e3 * min(times),
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
         "kept_gb": results[-1][1] / 1e9,
+        "optimizer_ms": statistics.median(ms for *_, ms in results),
         "first_step_s": cold,
     }
     if isinstance(backend, CompactBackend):
@@ -131,11 +147,8 @@ def main() -> None:
         if "ms" in row and "ms" in base:
             row["ms_ratio"] = row["ms"] / base["ms"]
             row["peak_ratio"] = row["peak_gb"] / base["peak_gb"]
-    table = [
-        [row["step"], *(row.get(k) for k in ("ms", "ms_ratio", "peak_gb", "peak_ratio", "kept_gb"))]
-        for row in rows
-    ]
-    headers = ["step", "ms", "/ compile", "peak GB", "/ compile", "kept for backward GB"]
+    table = [[row["step"], *(row.get(k) for k in COLUMNS)] for row in rows]
+    headers = ["step", "ms", "/ compile", "peak GB", "/ compile", "kept GB", "optimizer ms"]
     print(tabulate(table, headers=headers, floatfmt=".3g", tablefmt="github"))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     record = {

@@ -266,8 +266,9 @@ def compile_function(
 
     def run(value: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            result = compiled(value)  # type: ignore[operator]
-        return result[0] if isinstance(result, list | tuple) else result
+            result = compiled(value)  # type: ignore[operator,arg-type]
+        output: torch.Tensor = result[0] if isinstance(result, list | tuple) else result
+        return output
 
     return run
 
@@ -276,7 +277,7 @@ def active_ddp() -> bool:
     """Whether the code that is being compiled runs inside of DistributedDataParallel."""
     from torch.nn.parallel.distributed import DistributedDataParallel
 
-    return DistributedDataParallel._get_active_ddp_module() is not None
+    return DistributedDataParallel._get_active_ddp_module() is not None  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager

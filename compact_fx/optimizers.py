@@ -186,9 +186,8 @@ class CompactOptimizer(torch.optim.Optimizer):
         }
         for name, value in expected.items():
             if state and state[name] != value:
-                had, has = state[name], value
-                if name == "kind":
-                    had, has = KINDS[had], KINDS[has]
+                named = KINDS if name == "kind" else range(2**63)
+                had, has = named[state[name]], named[value]
                 raise ValueError(
                     f"the state of a weight of shape {tuple(weight.shape)} has {name}={had}, its "
                     f"gradient has {name}={has}: use the settings that the state was saved with"
@@ -231,7 +230,7 @@ class CompactOptimizer(torch.optim.Optimizer):
             if not isinstance(weight.grad, SketchedGrad | ConsumedGrad | None):
                 step(weight)
 
-        weight.register_post_accumulate_grad_hook(step_dense)
+        weight.register_post_accumulate_grad_hook(step_dense)  # type: ignore[no-untyped-call]
         call_after_sketched_grad(weight, step)
 
     # --- state -----------------------------------------------------------------------------------

@@ -59,8 +59,8 @@ def proxy_of(weight: Tensor, proxy: Proxy, basis: Basis) -> Tensor:
         leaf = torch.zeros(1, dtype=weight.dtype, device=weight.device).expand(proxy.shape)
         leaf.requires_grad_()
         reference = weakref.ref(weight)
-        leaf.register_post_accumulate_grad_hook(
-            lambda leaf: _deliver(leaf, reference(), basis)  # type: ignore[arg-type,return-value]
+        leaf.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+            lambda leaf: _deliver(leaf, reference(), basis)
         )
         own[basis] = leaf
     return own[basis]

@@ -110,7 +110,7 @@ class SketchedGrad(Tensor):
         return ((factor @ (p.T @ p)) * factor).sum().clamp(min=0).sqrt().to(self.dtype)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: Sequence[type],
@@ -313,7 +313,7 @@ class ConsumedGrad(Tensor):
         return f"ConsumedGrad(shape={tuple(self.shape)})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         raise RuntimeError(
