@@ -15,6 +15,7 @@ from torch import fx
 from torch._functorch._aot_autograd.descriptors import (
     DummyAOTOutput,
     GradAOTOutput,
+    InputMutationAOTOutput,
     PlainAOTInput,
 )
 from torch._functorch.aot_autograd import aot_module_simplified
@@ -41,7 +42,7 @@ _SOURCE_PART = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
 
 
 def qualified_name(placeholder: fx.Node) -> str:
-    """The parameter's name as `named_parameters()` of the compiled module gives it."""
+    """The parameter's name, by the path that the compiled code took to it."""
     source = getattr(placeholder, "_dynamo_source", None)
     if source is None:
         return placeholder.name
@@ -92,6 +93,11 @@ def gradient_index(desc: object) -> int | None:
     if isinstance(desc, GradAOTOutput) and isinstance(desc.grad_of, PlainAOTInput):
         return int(desc.grad_of.idx)
     return None
+
+
+def is_mutation(desc: object) -> bool:
+    """For the descriptor of a joint graph's output: whether it is an input's new value."""
+    return isinstance(desc, InputMutationAOTOutput)
 
 
 def output_descriptors(graph: fx.Graph) -> list[object]:
@@ -266,9 +272,7 @@ def compile_function(
 
     def run(value: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            result = compiled(value)  # type: ignore[operator,arg-type]
-        output: torch.Tensor = result[0] if isinstance(result, list | tuple) else result
-        return output
+            return compiled(value)  # type: ignore[operator,arg-type,return-value]
 
     return run
 

@@ -265,7 +265,7 @@ class _GraphCompiler:
             )
             sketches = rewrite_weight_grads(joint, plan)
             early = plan.early(sketches)
-            cut = partition(joint, recompute=self._config.recompute, early=early)
+            cut = partition(joint, recompute=plan.recompute, early=early)
             if cut.bytes != plan.bytes_after:
                 raise CannotCompact(f"{cut.bytes} bytes cross, {plan.bytes_after} were planned")
             expand_projections(cut.forward)

@@ -88,6 +88,7 @@ class Plan:
     Attributes:
         sites: one per use of each matrix-shaped parameter.
         place: "early" if the forward was made to compute all sketches, see `CompactConfig.place`.
+        recompute: whether matmul inputs may be rebuilt in the backward pass.
         late: sketches that the backward is made to compute; the partitioner places the others.
         projections: the distinct ones, in the order of the graph's key inputs.
         proxies: one for each weight whose gradient stays sketched.
@@ -97,6 +98,7 @@ class Plan:
 
     sites: tuple[Site, ...]
     place: Place = "auto"
+    recompute: bool = False
     late: frozenset[int] = frozenset()
     projections: tuple[Projection, ...] = ()
     owners: tuple[int, ...] = ()

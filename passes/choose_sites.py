@@ -40,9 +40,11 @@ def choose_sites(joint: JointGraph, config: CompactConfig) -> Plan:
         return replace(plan, saved_before=before.saved, saved_after=before.saved)
     everything = frozenset(site.sketch for site in plan.sketched if site.sketch is not None)
     late = frozenset() if config.place == "early" else everything
-    best = _try(joint, replace(plan, place=config.place, late=late), config)
+    # What is rebuilt from an input has to find the value that the forward saw.
+    recompute = config.recompute and not joint.mutates_inputs()
+    best = _try(joint, replace(plan, place=config.place, recompute=recompute, late=late))
     if config.place == "auto" and (early := best.smaller_early()):
-        trial = _try(joint, replace(best.plan, late=everything - early), config)
+        trial = _try(joint, replace(best.plan, late=everything - early))
         best = min(best, trial, key=lambda trial: trial.cut.bytes)
     if config.place == "auto" and best.cut.bytes > before.bytes:
         reason = f"sketching keeps {best.cut.bytes - before.bytes} bytes more than without"
@@ -103,7 +105,7 @@ class _Trial:
         return saved & self.cut.storages
 
 
-def _try(joint: JointGraph, plan: Plan, config: CompactConfig) -> _Trial:
+def _try(joint: JointGraph, plan: Plan) -> _Trial:
     copy = joint.with_keys(len(plan.projections))
     uses = _uses(find_weight_grads(copy))
     activations = {
@@ -112,7 +114,7 @@ def _try(joint: JointGraph, plan: Plan, config: CompactConfig) -> _Trial:
         if site.sketch is not None
     }
     sketches = rewrite_weight_grads(copy, plan)
-    cut = partition(copy, recompute=config.recompute, early=plan.early(sketches))
+    cut = partition(copy, recompute=plan.recompute, early=plan.early(sketches))
     return _Trial(plan, cut, activations, sketches)
 
 
@@ -141,6 +143,9 @@ def _draft(joint: JointGraph, config: CompactConfig) -> Plan:
         if not grad.uses:
             sites.append(Site(weight=grad.name, index=grad.index, reason=grad.reason))
         sites += [_site(grad, i, use, config) for i, use in enumerate(grad.uses)]
+        if grad.uses and grad.reason:
+            part = Site(weight=grad.name, index=grad.index, reason=f"another part: {grad.reason}")
+            sites.append(replace(part, use=len(grad.uses)))
 
     salts = _salts(sites, uses)
     sketches: dict[tuple[fx.Node, Projection], int] = {}
@@ -229,8 +234,8 @@ def _site(grad: WeightGrad, position: int, use: Use, config: CompactConfig) -> S
 def _salts(sites: Iterable[Site], uses: dict[tuple[int, int], Use]) -> dict[str, int]:
     """One salt for all weights that are connected by activations they share.
 
-    It comes from the first of their names: a weight used twice, or in two graphs, is sketched with
-    one projection, and so can its gradients be added.
+    It comes from the first of their names: a weight that is used twice is sketched with one
+    projection, and so is one in two graphs where it shares activations with the same weights.
     """
     group_of: dict[object, set[str]] = {}
     for site in sites:

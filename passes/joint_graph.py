@@ -76,6 +76,12 @@ class JointGraph:
         found = ((_torch.gradient_index(d), at) for at, d in enumerate(descriptors))
         return {index: at for index, at in found if index is not None}
 
+    def mutates_inputs(self) -> bool:
+        """Whether a parameter, buffer or other input has another value after the forward."""
+        graph = self.module.graph
+        copies = graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
+        return bool(copies) or any(map(_torch.is_mutation, _torch.output_descriptors(graph)))
+
     def backward_nodes(self) -> set[fx.Node]:
         """Nodes that depend on a gradient that flows in."""
         found: set[fx.Node] = set()

@@ -245,3 +245,54 @@ def test_autocast(dtype, relative_error, expected_gradients):
         actual = model.get_parameter(name).grad
         assert actual.dtype is torch.float32
         assert relative_error(actual, weight.grad) < (3e-2 if dtype is torch.bfloat16 else 4e-3)
+
+
+class Centered(nn.Module):
+    """A matmul input made from a buffer that the forward then updates, as in DINO."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 48)
+        self.register_buffer("center", torch.ones(64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.fc(x.softmax(-1) - self.center)
+        with torch.no_grad():
+            self.center.mul_(0.5)
+        return y
+
+
+@pytest.mark.parametrize("place", ["auto", "early", "late"])
+def test_nothing_is_rebuilt_from_what_the_forward_changed(place, relative_error):
+    """The backward must not see the new value of a buffer."""
+
+    def gradient(compile_with=None):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = Centered()
+        step = model if compile_with is None else torch.compile(model, backend=compile_with)
+        step(batch()).pow(2).mean().backward()
+        return model.fc.weight.grad
+
+    compact = backend(rank=1.0, projection="orthogonal", place=place)
+    assert relative_error(gradient(compact), gradient()) < 1e-4
+    assert len(compact.plans[0].sketched) == 1
+
+
+def test_another_part_of_a_gradient_is_in_the_report():
+    """A tied embedding: the matmul is sketched, the lookup is exact and says so."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(96, 64)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.embed(ids).tanh() @ self.embed.weight.T
+
+    compact = backend()
+    ids = torch.randint(0, 96, (4, 32))
+    torch.compile(Tied(), backend=compact)(ids).pow(2).mean().backward()
+    sketched, exact = compact.plans[0].sites
+    assert (sketched.rank, sketched.reason) == (16, "")
+    assert exact.reason.startswith("another part: its gradient is no matmul")
