@@ -14,9 +14,10 @@ from compact_fx.sketched_grad import Basis, ConsumedGrad, SketchedGrad
 Refresh = Literal["keep", "project", "reset"]
 REFRESHES: tuple[Refresh, ...] = ("keep", "project", "reset")
 
-# What a weight's state says about the basis of its moments: plain numbers, for any loader.
-_BASIS = ("key", "salt", "in_features", "rank", "kind", "in_dim")
-_STEPS = "projection_steps"
+# One int64 tensor in a weight's state says what its moments are expressed in, and how many steps
+# the weight has seen. A tensor, since distributed checkpoints load plain numbers to another place.
+_BASIS = "basis"
+_NUMBERS = ("key", "salt", "in_features", "rank", "kind", "in_dim", "steps")
 
 
 class CompactOptimizer(torch.optim.Optimizer):
@@ -118,17 +119,17 @@ class CompactOptimizer(torch.optim.Optimizer):
             self._update(weight, stand_in, gradient.basis, group)
 
     def _is_sketched(self, weight: Tensor) -> bool:
-        if not isinstance(weight.grad, SketchedGrad):
-            return False
-        if weight.grad.factor is None:
+        if isinstance(weight.grad, SketchedGrad) and weight.grad.factor is not None:
+            return True
+        if weight.grad is not None and _BASIS in self.state.get(weight, {}):
+            raise ValueError(
+                f"the gradient of a weight of shape {tuple(weight.shape)} is dense, its state is "
+                'sketched: train with gradients="sketched" as before, and do to gradients nothing '
+                "that makes them dense (scaling, clipping by norm and adding do not)"
+            )
+        if isinstance(weight.grad, SketchedGrad):
             weight.grad = weight.grad.to_dense()
-            if "key" in self.state.get(weight, {}):
-                raise ValueError(
-                    f"the gradient of a weight of shape {tuple(weight.shape)} has become dense, "
-                    "its state is sketched: add or edit gradients before backward, or scale them"
-                )
-            return False
-        return True
+        return False
 
     def _stand_in(self, weight: Tensor, gradient: SketchedGrad, group: dict[str, Any]) -> Tensor:
         assert gradient.factor is not None
@@ -141,16 +142,17 @@ class CompactOptimizer(torch.optim.Optimizer):
         stand_in.grad = factor.to(dtype)
         state = self.state.pop(weight, {})
         self._refresh_state(state, gradient.basis, factor.device)
-        plain = {k: v for k, v in state.items() if k not in (*_BASIS, _STEPS)}
-        if plain:
-            self.state[stand_in] = plain
+        state.pop(_BASIS, None)
+        if state:
+            self.state[stand_in] = state
         return stand_in
 
     def _take_back_state(self, weight: Tensor, stand_in: Tensor, basis: Basis) -> None:
         p = basis.projection
-        numbers = (basis.key, p.salt, p.in_features, p.rank, KINDS.index(p.kind), basis.in_dim)
+        kind = KINDS.index(p.kind)
+        numbers = [basis.key, p.salt, p.in_features, p.rank, kind, basis.in_dim, steps_of(weight)]
         state = self.state.pop(stand_in, {})
-        self.state[weight] = {**state, **dict(zip(_BASIS, numbers, strict=True))}
+        self.state[weight] = {**state, _BASIS: torch.tensor(numbers, dtype=torch.int64)}
 
     def _update(
         self, weight: Tensor, stand_in: Tensor, basis: Basis, group: dict[str, Any]
@@ -173,7 +175,9 @@ class CompactOptimizer(torch.optim.Optimizer):
 
     def _check_state(self, weight: Tensor, basis: Basis) -> None:
         state, p = self.state.get(weight, {}), basis.projection
-        if state and "key" not in state:
+        if not state:
+            return
+        if _BASIS not in state:
             raise ValueError(
                 f"the state of a weight of shape {tuple(weight.shape)} is dense, its gradient is "
                 f"sketched (rank {p.rank}): start with a fresh optimizer, or train with dense ones"
@@ -184,10 +188,11 @@ class CompactOptimizer(torch.optim.Optimizer):
             "kind": KINDS.index(p.kind),
             "in_dim": basis.in_dim,
         }
+        numbers = _numbers(state)
         for name, value in expected.items():
-            if state and state[name] != value:
-                named = KINDS if name == "kind" else range(2**63)
-                had, has = named[state[name]], named[value]
+            if numbers[name] != value:
+                named = KINDS if name == "kind" else range(2**62)
+                had, has = named[numbers[name]], named[value]
                 raise ValueError(
                     f"the state of a weight of shape {tuple(weight.shape)} has {name}={had}, its "
                     f"gradient has {name}={has}: use the settings that the state was saved with"
@@ -195,19 +200,22 @@ class CompactOptimizer(torch.optim.Optimizer):
 
     def _refresh_state(self, state: dict[str, Any], basis: Basis, device: torch.device) -> None:
         """Carry the moments into a new basis: as they are, projected, or not at all."""
-        if "key" not in state or state["key"] == basis.key or self._refresh == "keep":
+        if _BASIS not in state or self._refresh == "keep":
+            return
+        numbers = _numbers(state)
+        if numbers["key"] == basis.key:
             return
         if self._refresh == "reset":
             state.clear()
             return
         projection = Projection(
-            salt=state["salt"],
-            in_features=state["in_features"],
-            rank=state["rank"],
-            kind=KINDS[state["kind"]],
+            salt=numbers["salt"],
+            in_features=numbers["in_features"],
+            rank=numbers["rank"],
+            kind=KINDS[numbers["kind"]],
             dtype=basis.projection.dtype,
         )
-        old = Basis(projection=projection, key=state["key"], in_dim=state["in_dim"])
+        old = Basis(projection=projection, key=numbers["key"], in_dim=numbers["in_dim"])
         change = old.matrix(device, torch.float32).T @ basis.matrix(device, torch.float32)
         for name in ("exp_avg", "momentum_buffer"):  # what is linear in the gradient
             moment = state.get(name)
@@ -238,8 +246,8 @@ class CompactOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers only; with each sketched weight's position in its interval."""
         for weight, state in self.state.items():
-            if "key" in state:
-                state[_STEPS] = steps_of(weight)
+            if _BASIS in state:
+                state[_BASIS][_NUMBERS.index("steps")] = steps_of(weight)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -249,12 +257,17 @@ class CompactOptimizer(torch.optim.Optimizer):
         weights = [weight for group in self.param_groups for weight in group["params"]]
         for name, weight in zip(names, weights, strict=True):
             saved = state_dict["state"].get(name, {})
-            if "key" not in saved:
+            if _BASIS not in saved:
                 continue
             for entry, value in saved.items():
                 if isinstance(value, Tensor) and entry != "step":
-                    self.state[weight][entry] = value.to(weight.device, copy=True)
-            set_steps(weight, saved[_STEPS])
+                    device = "cpu" if entry == _BASIS else weight.device
+                    self.state[weight][entry] = value.detach().to(device, copy=True)
+            set_steps(weight, _numbers(saved)["steps"])
+
+
+def _numbers(state: dict[str, Any]) -> dict[str, int]:
+    return dict(zip(_NUMBERS, state[_BASIS].tolist(), strict=True))
 
 
 def compact_optimizer(
