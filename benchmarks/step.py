@@ -139,18 +139,22 @@ def main() -> None:
             rows.append(measure(name, args))
         except torch.OutOfMemoryError:
             rows.append({"step": name, "error": "out of memory"})
-        print(
-            {k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True
-        )
-    base = next((row for row in rows if row["step"] == "torch.compile"), rows[0])
-    for row in rows:
-        if "ms" in row and "ms" in base:
-            row["ms_ratio"] = row["ms"] / base["ms"]
-            row["peak_ratio"] = row["peak_gb"] / base["peak_gb"]
-    table = [[row["step"], *(row.get(k) for k in COLUMNS)] for row in rows]
+        shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}
+        print(shown, flush=True)
+        write(rows, args.out)
+    table = [[row["step"], *(row.get(column) for column in COLUMNS)] for row in rows]
     headers = ["step", "ms", "/ compile", "peak GB", "/ compile", "kept GB", "optimizer ms"]
     print(tabulate(table, headers=headers, floatfmt=".3g", tablefmt="github"))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def write(rows: list[dict[str, Any]], path: Path) -> None:
+    """Ratios to torch.compile, and everything so far as JSON."""
+    base = next((row for row in rows if row["step"] == "torch.compile" and "ms" in row), None)
+    for row in rows:
+        if base and "ms" in row:
+            row["ms_ratio"] = row["ms"] / base["ms"]
+            row["peak_ratio"] = row["peak_gb"] / base["peak_gb"]
+    path.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -158,7 +162,7 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "rows": rows,
     }
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -115,8 +115,12 @@ class CompactOptimizer(torch.optim.Optimizer):
             self.param_groups = outer_groups
             for weight, stand_in, gradient, _ in steps:
                 self._take_back_state(weight, stand_in, gradient.basis)
+        drawn: tuple[Basis, torch.dtype, Tensor] | None = None
         for weight, stand_in, gradient, group in steps:
-            self._update(weight, stand_in, gradient.basis, group)
+            wanted = (gradient.basis, weight.dtype)
+            if drawn is None or drawn[:2] != wanted:  # q, k and v come one after the other
+                drawn = (*wanted, gradient.basis.matrix(weight.device, weight.dtype))
+            self._update(weight, stand_in, gradient.basis.in_dim, drawn[2], group)
 
     def _is_sketched(self, weight: Tensor) -> bool:
         if isinstance(weight.grad, SketchedGrad) and weight.grad.factor is not None:
@@ -155,7 +159,7 @@ class CompactOptimizer(torch.optim.Optimizer):
         self.state[weight] = {**state, _BASIS: torch.tensor(numbers, dtype=torch.int64)}
 
     def _update(
-        self, weight: Tensor, stand_in: Tensor, basis: Basis, group: dict[str, Any]
+        self, weight: Tensor, stand_in: Tensor, in_dim: int, p: Tensor, group: dict[str, Any]
     ) -> None:
         keep = 1.0
         if group.get("weight_decay") and self._is_decoupled(group):
@@ -164,8 +168,7 @@ class CompactOptimizer(torch.optim.Optimizer):
             if found_inf is not None and found_inf.item():
                 keep = 1.0  # a fused step that the scaler skips
         update = stand_in.to(weight.dtype)
-        p = basis.matrix(weight.device, weight.dtype)
-        left, right = (update, p.T) if basis.in_dim == 1 else (p, update)
+        left, right = (update, p.T) if in_dim == 1 else (p, update)
         weight.addmm_(left, right, beta=keep, alpha=group["scale"])
 
     def _is_decoupled(self, group: dict[str, Any]) -> bool:
