@@ -28,6 +28,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import _BoxedCodeGen
+from torch.utils._pytree import tree_map as tree_map
 from torch.utils.checkpoint import CheckpointPolicy
 
 Partitioner = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
@@ -275,13 +276,6 @@ def compile_function(
             return compiled(value)  # type: ignore[operator,arg-type,return-value]
 
     return run
-
-
-def active_ddp() -> bool:
-    """Whether the code that is being compiled runs inside of DistributedDataParallel."""
-    from torch.nn.parallel.distributed import DistributedDataParallel
-
-    return DistributedDataParallel._get_active_ddp_module() is not None  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager

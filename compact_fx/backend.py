@@ -25,7 +25,7 @@ from compact_fx.passes.joint_graph import JointGraph
 from compact_fx.passes.partition import partition
 from compact_fx.passes.rewrite_weight_grads import rewrite_weight_grads
 from compact_fx.plan import Plan
-from compact_fx.proxies import ProxyInputs
+from compact_fx.proxies import ProxyInputs, refuse_distributed
 from compact_fx.report import report
 from compact_fx.schedule import KeySchedule
 
@@ -68,15 +68,12 @@ class CompactBackend:
             inductor = _torch.inductor_options(mode, self.config.options)
         else:
             inductor = self._options
+        if self.config.gradients == "sketched" and torch.is_grad_enabled():
+            refuse_distributed()
         compiler = _GraphCompiler(self.config, inductor, module, example_inputs)
-        if not compiler.trains():
-            return compiler.compile_untouched()
-        if self.config.gradients == "sketched" and _torch.active_ddp():
-            raise ValueError(
-                'gradients="sketched" does not work inside of DistributedDataParallel yet, which '
-                'would exchange dense gradients only; use gradients="dense"'
-            )
         try:
+            if not compiler.trains():
+                return compiler.compile_untouched()
             plan, compiled = compiler.compile()
         except CannotCompact as error:
             if self.config.strict:
@@ -173,9 +170,19 @@ class _GraphCompiler:
         }
 
     def trains(self) -> bool:
-        """Whether a backward pass may be asked of this graph."""
-        weights = (self._example_inputs[index] for index in self._weights)
-        return torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+        """Whether a backward pass may be asked of this graph.
+
+        Raises:
+            CannotCompact: its weights are out of reach.
+        """
+        if not torch.is_grad_enabled():
+            return False
+        if any(weight.requires_grad for weight in self._module.parameters()):
+            raise CannotCompact(
+                "its parameters are attributes and not inputs, as Dynamo's splitting of graphs for "
+                "DistributedDataParallel makes them; set torch._dynamo.config.optimize_ddp = False"
+            )
+        return any(self._example_inputs[index].requires_grad for index in self._weights)
 
     def compile_untouched(self) -> Callable[..., Any]:
         """What torch.compile does without this project."""

@@ -1,5 +1,6 @@
 """Optimizers that step sketched gradients in the space of their factors (paper, Algorithm 3)."""
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -230,10 +231,15 @@ class CompactOptimizer(torch.optim.Optimizer):
     # --- stepping while backward runs ------------------------------------------------------------
 
     def _step_after_backward(self, weight: Tensor) -> None:
+        reference = weakref.ref(self)  # the weight must not keep the optimizer alive
+
         def step(weight: Tensor) -> None:
-            for group in self.param_groups:
+            optimizer = reference()
+            if optimizer is None:
+                return
+            for group in optimizer.param_groups:
                 if any(weight is own for own in group["params"]):
-                    self._step([{**group, "params": [weight]}])
+                    optimizer._step([{**group, "params": [weight]}])
             weight.grad = ConsumedGrad(weight)
 
         def step_dense(weight: Tensor) -> None:

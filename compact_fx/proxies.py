@@ -12,7 +12,8 @@ from compact_fx.plan import Plan, Proxy
 from compact_fx.schedule import KeySchedule
 from compact_fx.sketched_grad import Basis, ConsumedGrad, SketchedGrad
 
-_proxies: MutableMapping[Tensor, dict[Basis, Tensor]] = WeakTensorKeyDictionary()
+_Leaf = tuple[Basis, torch.dtype, torch.device]
+_proxies: MutableMapping[Tensor, dict[_Leaf, Tensor]] = WeakTensorKeyDictionary()
 _listeners: MutableMapping[Tensor, Callable[[Tensor], None]] = WeakTensorKeyDictionary()
 
 
@@ -24,6 +25,15 @@ def call_after_sketched_grad(weight: Tensor, listener: Callable[[Tensor], None])
     _listeners[weight] = listener
 
 
+def refuse_distributed() -> None:
+    """Raise where other processes would exchange dense gradients that are not there."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise ValueError(
+            'gradients="sketched" does not work with torch.distributed yet, which exchanges dense '
+            'gradients: use gradients="dense"'
+        )
+
+
 class ProxyInputs:
     """The proxy inputs of one compiled graph."""
 
@@ -33,6 +43,8 @@ class ProxyInputs:
 
     def proxies(self, arguments: Sequence[Any]) -> list[Tensor]:
         """One proxy for each weight whose gradient stays sketched, for the keys of this call."""
+        if self._plan.proxies:
+            refuse_distributed()
         return [
             proxy_of(
                 arguments[proxy.index],
@@ -54,7 +66,8 @@ def proxy_of(weight: Tensor, proxy: Proxy, basis: Basis) -> Tensor:
     gradient in the basis of its forward.
     """
     own = _proxies.setdefault(weight, {})
-    if basis not in own:
+    kind = (basis, weight.dtype, weight.device)
+    if kind not in own:
         own.clear()  # leaves of old bases live on in the graphs that use them
         leaf = torch.zeros(1, dtype=weight.dtype, device=weight.device).expand(proxy.shape)
         leaf.requires_grad_()
@@ -62,14 +75,20 @@ def proxy_of(weight: Tensor, proxy: Proxy, basis: Basis) -> Tensor:
         leaf.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
             lambda leaf: _deliver(leaf, reference(), basis)
         )
-        own[basis] = leaf
-    return own[basis]
+        own[kind] = leaf
+    return own[kind]
 
 
 def _deliver(leaf: Tensor, weight: Tensor | None, basis: Basis) -> None:
     factor, leaf.grad = leaf.grad, None
     if weight is None or factor is None:
         return
+    listener = _listeners.get(weight)
+    if weight._backward_hooks or (listener is None and weight._post_accumulate_grad_hooks):
+        raise RuntimeError(
+            f"a hook of the weight of shape {tuple(weight.shape)} would not see its sketched "
+            'gradient: exclude the weight, or use gradients="dense"'
+        )
     gradient = SketchedGrad(factor, basis)
     if weight.grad is None:
         weight.grad = gradient
@@ -77,5 +96,5 @@ def _deliver(leaf: Tensor, weight: Tensor | None, basis: Basis) -> None:
         weight.grad += gradient
     else:
         weight.grad = weight.grad + gradient.to_dense()
-    if listener := _listeners.get(weight):
+    if listener is not None:
         listener(weight)

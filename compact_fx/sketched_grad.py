@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from compact_fx import _torch
 from compact_fx.projections import RANDOM_PROJECTION, Projection, draw
@@ -44,12 +43,14 @@ class Basis:
     def expand(self, factor: Tensor) -> Tensor:
         """The dense matrix of a factor: factor Pᵀ, or P factor where in_features come first."""
         p = self.matrix(factor.device, factor.dtype)
-        return factor @ p.T if self.in_dim == 1 else p @ factor
+        with torch.autocast(factor.device.type, enabled=False):
+            return factor @ p.T if self.in_dim == 1 else p @ factor
 
     def compress(self, dense: Tensor) -> Tensor:
         """The factor of a dense matrix: dense P, or Pᵀ dense."""
         p = self.matrix(dense.device, dense.dtype)
-        return dense @ p if self.in_dim == 1 else p.T @ dense
+        with torch.autocast(dense.device.type, enabled=False):
+            return dense @ p if self.in_dim == 1 else p.T @ dense
 
     def shape_of(self, factor: Tensor) -> tuple[int, int]:
         """The dense shape."""
@@ -71,29 +72,39 @@ class SketchedGrad(Tensor):
     """The gradient of a weight as factor and basis: shape, dtype and device are the weight's.
 
     Scaling, copying, zeroing, the 2-norm, and adding a gradient in the same basis work on the
-    factor. Every other operator sees the dense tensor; one that writes makes the gradient dense.
+    factor. Every other operator sees the dense tensor; one that writes, or gives a view that could
+    be written through, makes the gradient dense for good.
 
     Attributes:
-        factor: the weight's shape with the rank in place of in_features, None once it is dense.
         basis: what the factor is expressed in.
     """
 
-    factor: Tensor | None
     basis: Basis
-    _dense: Tensor | None
+    _contents: "_Contents"
 
     @staticmethod
     def __new__(cls, factor: Tensor, basis: Basis) -> "SketchedGrad":
-        result: SketchedGrad = Tensor._make_wrapper_subclass(
-            cls, basis.shape_of(factor), dtype=factor.dtype, device=factor.device
-        )
-        result.factor, result.basis, result._dense = factor, basis, None
-        return result
+        return _wrap(_Contents(factor, None), basis, factor)
+
+    @property
+    def factor(self) -> Tensor | None:
+        """The weight's shape with the rank in place of in_features, None once it is dense."""
+        return self._contents.factor
+
+    @property
+    def data(self) -> "SketchedGrad":  # type: ignore[override]
+        """An alias, as of any tensor."""
+        return _wrap(self._contents, self.basis, self)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        dense = value.to_dense() if isinstance(value, SketchedGrad) else value
+        self._contents.factor, self._contents.dense = None, dense
 
     def to_dense(self, *_: Any, **__: Any) -> Tensor:  # type: ignore[override]
         """The gradient as a plain tensor (G P Pᵀ); a new one each time while it is sketched."""
-        if self._dense is not None:
-            return self._dense
+        if self._contents.dense is not None:
+            return self._contents.dense
         assert self.factor is not None
         return self.basis.expand(self.factor)
 
@@ -103,11 +114,18 @@ class SketchedGrad(Tensor):
         return f"SketchedGrad(shape={tuple(self.shape)}, dtype={self.dtype}, {state})"
 
     def norm_of_dense(self) -> Tensor:
-        """‖G P Pᵀ‖ without building it: tr(F PᵀP Fᵀ), in float32."""
+        """‖G P Pᵀ‖ without building it: tr(F PᵀP Fᵀ), in float32 or float64."""
         assert self.factor is not None
-        factor = self.factor.float() if self.basis.in_dim == 1 else self.factor.float().T
-        p = self.basis.matrix(factor.device, torch.float32)
-        return ((factor @ (p.T @ p)) * factor).sum().clamp(min=0).sqrt().to(self.dtype)
+        dtype = torch.float64 if self.dtype is torch.float64 else torch.float32
+        factor = self.factor.to(dtype)
+        factor = factor if self.basis.in_dim == 1 else factor.T
+        largest = factor.abs().amax()
+        factor = factor / torch.where(largest.isfinite() & (largest > 0), largest, 1.0)
+        p = self.basis.matrix(factor.device, dtype)
+        with torch.autocast(factor.device.type, enabled=False):
+            square = ((factor @ (p.T @ p)) * factor).sum()
+        norm = square.clamp(min=0).sqrt() * largest
+        return torch.where(largest.isinf(), largest, norm).to(self.dtype)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -126,31 +144,51 @@ class SketchedGrad(Tensor):
         return _densely(func, args, kwargs)
 
 
-def _densely(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Run an operator on dense tensors; what it writes into becomes dense for good."""
-    written: dict[int, tuple[SketchedGrad, Tensor]] = {}
-    names = [argument.name for argument in func._schema.arguments]
-    writes = {
-        a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write
-    }
+@dataclass
+class _Contents:
+    """What a gradient and its aliases share: a factor, or the dense tensor it has become."""
 
-    def convert(value: Any, write: bool) -> Any:
+    factor: Tensor | None
+    dense: Tensor | None
+
+
+def _wrap(values: _Contents, basis: Basis, like: Tensor) -> SketchedGrad:
+    shape = like.shape if isinstance(like, SketchedGrad) else basis.shape_of(like)
+    result: SketchedGrad = Tensor._make_wrapper_subclass(
+        SketchedGrad, shape, dtype=like.dtype, device=like.device
+    )
+    result._contents, result.basis = values, basis
+    return result
+
+
+def _densely(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Run an operator on dense tensors; what it can write into becomes dense for good."""
+    if func.namespace not in ("aten", "prims"):
+        raise RuntimeError(
+            f"{func} does not know sketched gradients: give it gradient.to_dense(), or train with "
+            'gradients="dense"'
+        )
+    aliased = {a.name for a in func._schema.arguments if a.alias_info is not None}
+    names = [argument.name for argument in func._schema.arguments]
+    replaced: dict[int, Tensor] = {}
+    owners: dict[int, SketchedGrad] = {}
+
+    def convert(value: Any, aliases: bool) -> Any:
         def dense(leaf: Any) -> Any:
             if not isinstance(leaf, SketchedGrad):
                 return leaf
-            tensor = leaf.to_dense()
-            if write:
-                written[id(tensor)] = (leaf, tensor)
+            tensor = replaced.setdefault(id(leaf), leaf.to_dense())
+            if aliases:
+                leaf._contents.factor, leaf._contents.dense = None, tensor
+                owners[id(tensor)] = leaf
             return tensor
 
-        return pytree.tree_map(dense, value)
+        return _torch.tree_map(dense, value)
 
-    new_args = [convert(v, names[i] in writes) for i, v in enumerate(args)]
-    new_kwargs = {name: convert(value, name in writes) for name, value in kwargs.items()}
+    new_args = [convert(v, names[i] in aliased) for i, v in enumerate(args)]
+    new_kwargs = {name: convert(value, name in aliased) for name, value in kwargs.items()}
     result = func(*new_args, **new_kwargs)
-    for gradient, tensor in written.values():
-        gradient._dense, gradient.factor = tensor, None
-    return pytree.tree_map(lambda t: written[id(t)][0] if id(t) in written else t, result)
+    return _torch.tree_map(lambda t: owners.get(id(t), t), result)
 
 
 def _is_number(value: Any) -> bool:
@@ -227,6 +265,16 @@ def _norm(
     return gradient.norm_of_dense()
 
 
+def _alias(gradient: Any) -> Any:
+    return _wrap(gradient._contents, gradient.basis, gradient)
+
+
+def _clone(gradient: Any, **kwargs: Any) -> Any:
+    values = gradient._contents
+    copies = (None if t is None else t.clone() for t in (values.factor, values.dense))
+    return _wrap(_Contents(*copies), gradient.basis, gradient)
+
+
 def _foreach_norm(gradients: Any, ord: Any = 2, dtype: Any = None) -> Any:
     return [torch.linalg.vector_norm(gradient, ord, dtype=dtype) for gradient in gradients]
 
@@ -248,18 +296,19 @@ def _foreach_zero(gradients: Any) -> None:
         gradient.zero_()
 
 
-def _unscale(gradients: Any, found_inf: Tensor, inverse_scale: Tensor) -> Any:
+def _unscale(gradients: Any, found_inf: Tensor, inverse_scale: Tensor) -> None:
     """GradScaler: a factor is finite where the gradient is, and scales with it."""
     plain = [
-        g.factor if isinstance(g, SketchedGrad) and g.factor is not None else g for g in gradients
+        (g.to_dense() if g.factor is None else g.factor) if isinstance(g, SketchedGrad) else g
+        for g in gradients
     ]
-    if any(isinstance(g, SketchedGrad) for g in plain):
-        return NotImplemented
     aten._amp_foreach_non_finite_check_and_unscale_(plain, found_inf, inverse_scale)
-    return None
 
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
+    aten.detach.default: _alias,
+    aten.alias.default: _alias,
+    aten.clone.default: _clone,
     aten.add.Tensor: _add,
     aten.add_.Tensor: _add_in_place,
     aten.linalg_vector_norm.default: _norm,
@@ -275,9 +324,6 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     **{
         func: _elementwise(func)
         for func in (
-            aten.detach.default,
-            aten.alias.default,
-            aten.clone.default,
             aten.neg.default,
             aten.mul.Tensor,
             aten.mul.Scalar,
