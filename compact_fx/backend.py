@@ -180,7 +180,7 @@ class _GraphCompiler:
         if any(weight.requires_grad for weight in self._module.parameters()):
             raise CannotCompact(
                 "its parameters are attributes and not inputs, as Dynamo's splitting of graphs for "
-                "DistributedDataParallel makes them; set torch._dynamo.config.optimize_ddp = False"
+                "DistributedDataParallel makes them; switch off Dynamo's optimize_ddp"
             )
         return any(self._example_inputs[index].requires_grad for index in self._weights)
 
