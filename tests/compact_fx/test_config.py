@@ -84,9 +84,11 @@ def test_a_name_pattern_must_be_text(name):
         CompactConfig(**{name: ("*", 3)})
 
 
-def test_sketched_gradients_do_not_exist_yet():
-    with pytest.raises(ValueError, match=r'^gradients="sketched" does not exist yet; .*"dense"'):
-        CompactConfig(gradients="sketched")
+def test_gradients_are_dense_or_sketched():
+    assert CompactConfig().gradients == "dense"
+    assert CompactConfig(gradients="sketched").gradients == "sketched"
+    with pytest.raises(ValueError, match=r"^gradients='small' must be one of 'dense', 'sketched'"):
+        CompactConfig(gradients="small")
 
 
 @pytest.mark.parametrize("make", [config_from, lambda settings: compact_backend(**settings)])
