@@ -91,6 +91,9 @@ class CompactBackend:
                 plan.bytes_after,
             )
             self._check_patterns(plan)
+            reasons = sorted({site.reason for site in plan.sites if site.in_features})
+            if reasons and not plan.sketched:
+                warnings.warn(f"nothing is sketched in a graph: {'; '.join(reasons)}", stacklevel=2)
         return compiled
 
     def _check_patterns(self, plan: Plan) -> None:
@@ -99,7 +102,8 @@ class CompactBackend:
             if not any(fnmatchcase(name, pattern) for name in self._names):
                 near = difflib.get_close_matches(pattern.replace("*", ""), self._names, 3, 0.1)
                 warnings.warn(
-                    f"pattern {pattern!r} matches no weight that was compiled so far; "
+                    f"pattern {pattern!r} matches no weight that was compiled so far (patterns "
+                    "match whole names, such as '*.mlp.*' or 'lm_head.weight'); "
                     f"the nearest: {', '.join(near) or 'none'}",
                     stacklevel=3,
                 )

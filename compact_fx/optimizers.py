@@ -53,20 +53,28 @@ class CompactOptimizer(torch.optim.Optimizer):
             raise ValueError(f"state_dtype={state_dtype} must be a floating-point type")
         self._refresh, self._state_dtype = refresh, state_dtype
         self._step_in_backward = step_in_backward
+        self.defaults.update(scale=scale, dense_scale=dense_scale)
         for group in self.param_groups:
-            group.setdefault("scale", scale)
-            group.setdefault("dense_scale", dense_scale)
-            for name in ("scale", "dense_scale"):
-                if not group[name] > 0:
-                    raise ValueError(f"{name}={group[name]!r} must be > 0")
-            if self._decoupled is None and group.get("weight_decay"):
-                raise ValueError(
-                    f"weight_decay={group['weight_decay']}: it is not known whether that of "
-                    f"{type(self).__name__} is decoupled; pass decoupled_weight_decay=True or False"
-                )
-            if step_in_backward:
-                for weight in group["params"]:
-                    self._step_after_backward(weight)
+            self._set_up_group(group)
+
+    def _set_up_group(self, group: dict[str, Any]) -> None:
+        for name in ("scale", "dense_scale"):
+            if not group.setdefault(name, self.defaults[name]) > 0:
+                raise ValueError(f"{name}={group[name]!r} must be > 0")
+        if self._decoupled is None and group.get("weight_decay"):
+            raise ValueError(
+                f"weight_decay={group['weight_decay']}: it is not known whether that of "
+                f"{type(self).__name__} is decoupled; pass decoupled_weight_decay=True or False"
+            )
+        if self._step_in_backward:
+            for weight in group["params"]:
+                self._step_after_backward(weight)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As any optimizer; a group may have its own `scale` and `dense_scale`."""
+        super().add_param_group(param_group)
+        if "scale" in self.defaults:  # torch also calls this before there are defaults of ours
+            self._set_up_group(self.param_groups[-1])
 
     # --- one step --------------------------------------------------------------------------------
 
@@ -101,16 +109,10 @@ class CompactOptimizer(torch.optim.Optimizer):
             self._check_state(weight, gradient.basis)
         inner_groups: list[dict[str, Any]] = []
         steps: list[tuple[Tensor, Tensor, SketchedGrad, dict[str, Any]]] = []
-        for group in groups:
-            own = [weight for weight in group["params"] if weight in sketched]
-            stand_ins = [self._stand_in(weight, sketched[weight], group) for weight in own]
-            steps += [(w, u, sketched[w], group) for w, u in zip(own, stand_ins, strict=True)]
-            dense = [weight for weight in group["params"] if weight not in sketched]
-            inner_groups.append({**group, "params": stand_ins, "weight_decay": 0.0})
-            lr = group["lr"] * group["dense_scale"] if "lr" in group else None
-            inner_groups.append({**group, "params": dense, **({} if lr is None else {"lr": lr})})
-        outer_groups, self.param_groups = self.param_groups, inner_groups
+        outer_groups = self.param_groups
         try:
+            self._fill(groups, sketched, inner_groups, steps)
+            self.param_groups = inner_groups
             self._inner_step(self)
         finally:
             self.param_groups = outer_groups
@@ -122,6 +124,26 @@ class CompactOptimizer(torch.optim.Optimizer):
             if drawn is None or drawn[:2] != wanted:  # q, k and v come one after the other
                 drawn = (*wanted, gradient.basis.matrix(weight.device, weight.dtype))
             self._update(weight, stand_in, gradient.basis.in_dim, drawn[2], group)
+
+    def _fill(
+        self,
+        groups: Sequence[dict[str, Any]],
+        sketched: dict[Tensor, SketchedGrad],
+        inner_groups: list[dict[str, Any]],
+        steps: list[tuple[Tensor, Tensor, SketchedGrad, dict[str, Any]]],
+    ) -> None:
+        """The inner optimizer's groups: stand-ins of sketched weights, and dense weights."""
+        for group in groups:
+            stand_ins = []
+            for weight in group["params"]:
+                gradient = sketched.get(weight)
+                if gradient is not None:
+                    stand_ins.append(self._stand_in(weight, gradient, group))
+                    steps.append((weight, stand_ins[-1], gradient, group))
+            dense = [weight for weight in group["params"] if weight not in sketched]
+            lr = {"lr": group["lr"] * group["dense_scale"]} if "lr" in group else {}
+            inner_groups.append({**group, "params": stand_ins, "weight_decay": 0.0})
+            inner_groups.append({**group, "params": dense, **lr})
 
     def _is_sketched(self, weight: Tensor) -> bool:
         if isinstance(weight.grad, SketchedGrad) and weight.grad.factor is not None:
@@ -262,6 +284,9 @@ class CompactOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state; moments keep the dtype they were saved with."""
         super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            for name in ("scale", "dense_scale"):
+                group.setdefault(name, self.defaults[name])
         names = [name for group in state_dict["param_groups"] for name in group["params"]]
         weights = [weight for group in self.param_groups for weight in group["params"]]
         for name, weight in zip(names, weights, strict=True):

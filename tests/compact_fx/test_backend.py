@@ -185,6 +185,12 @@ def test_rank_above_in_features_is_left_alone():
     assert reasons["2.weight"] == ""
 
 
+def test_nothing_sketched_warns():
+    """A rank that fits no weight is not silent."""
+    with pytest.warns(UserWarning, match="nothing is sketched in a graph: .*rank 1000 >"):
+        torch.compile(mlp(), backend=backend(rank=1000))(batch())
+
+
 def test_entry_point_takes_settings_and_mode():
     """torch.compile(backend="compact") is the same backend."""
     model, reference = mlp(), mlp()

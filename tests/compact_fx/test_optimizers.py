@@ -265,6 +265,43 @@ def test_group_options():
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
 
 
+def test_groups_that_come_later():
+    """add_param_group, and a state of groups that know nothing of scales."""
+    model = mlp()
+    optimizer = CompactAdamW(model.parameters(), lr=1e-2, scale=0.5)
+    train(model, backend(), optimizer, 2)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    assert optimizer.param_groups[-1]["scale"] == 0.5
+    train(model, backend(), optimizer, 1)
+    assert optimizer.state[model[0].weight]["step"].item() == 3
+    with pytest.raises(ValueError, match="scale=-1 must be > 0"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], "scale": -1})
+    model = mlp()
+    optimizer = CompactAdamW(model.parameters(), lr=1e-2)
+    optimizer.load_state_dict(torch.optim.AdamW(model.parameters(), lr=1e-2).state_dict())
+    train(model, backend(), optimizer, 1)
+
+
+def test_a_failing_inner_step_keeps_the_state(monkeypatch):
+    """State and groups are as before, whatever the inner optimizer raises."""
+    model = mlp()
+    optimizer = CompactAdamW(model.parameters(), lr=1e-2)
+    train(model, backend(), optimizer, 2)
+    before = copy.deepcopy(optimizer.state_dict())
+
+    def fail(_):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(CompactAdamW, "_inner_step", staticmethod(fail))
+    with pytest.raises(RuntimeError, match="planted"):
+        optimizer.step()
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for index, state in before["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, after["state"][index][name])
+
+
 @pytest.mark.parametrize("refresh", ["keep", "project", "reset"])
 def test_refresh(refresh):
     """What happens to the moments when the projection changes."""
