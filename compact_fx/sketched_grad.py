@@ -197,7 +197,7 @@ def _is_number(value: Any) -> bool:
     )
 
 
-def _elementwise(func: Any) -> Callable[..., Any]:
+def _elementwise(func: Any, *, in_place: bool) -> Callable[..., Any]:
     """A linear operator of one gradient and numbers: applied to the factor."""
 
     def run(gradient: Any, *numbers: Any, **kwargs: Any) -> Any:
@@ -206,19 +206,7 @@ def _elementwise(func: Any) -> Callable[..., Any]:
         if not all(_is_number(number) for number in numbers):
             return NotImplemented
         factor = func(gradient.factor, *numbers, **kwargs)
-        return SketchedGrad(factor, gradient.basis)
-
-    return run
-
-
-def _elementwise_in_place(func: Any) -> Callable[..., Any]:
-    def run(gradient: Any, *numbers: Any, **kwargs: Any) -> Any:
-        if not isinstance(gradient, SketchedGrad) or gradient.factor is None:
-            return NotImplemented
-        if not all(_is_number(number) for number in numbers):
-            return NotImplemented
-        func(gradient.factor, *numbers, **kwargs)
-        return gradient
+        return gradient if in_place else SketchedGrad(factor, gradient.basis)
 
     return run
 
@@ -322,7 +310,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten._foreach_zero_.default: _foreach_zero,
     aten._amp_foreach_non_finite_check_and_unscale_.default: _unscale,
     **{
-        func: _elementwise(func)
+        func: _elementwise(func, in_place=False)
         for func in (
             aten.neg.default,
             aten.mul.Tensor,
@@ -332,7 +320,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
         )
     },
     **{
-        func: _elementwise_in_place(func)
+        func: _elementwise(func, in_place=True)
         for func in (
             aten.zero_.default,
             aten.neg_.default,
