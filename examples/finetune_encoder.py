@@ -25,7 +25,16 @@ from typing import Any
 
 import torch
 import transformers
-from pretrain_llama import DTYPES, UNTIMED_STEPS, Parser, at_least, cell, positive, start_inductor
+from pretrain_llama import (
+    DTYPES,
+    UNTIMED_STEPS,
+    Parser,
+    at_least,
+    bytes_saved_for_backward,
+    cell,
+    positive,
+    start_inductor,
+)
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -251,28 +260,6 @@ def accuracy_of(model: Classifier, texts: Texts, args: argparse.Namespace) -> fl
     return right / len(texts)
 
 
-def bytes_saved_for_backward(
-    model: Classifier,
-    compiled: Any,
-    batch: tuple[Tensor, Tensor, Tensor],
-    autocast: torch.dtype | None,
-) -> int:
-    """Bytes that a forward pass keeps for the backward pass, apart from parameters and buffers."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(saved: Tensor) -> Tensor:
-        storage = saved.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return saved
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        loss = loss_of(compiled, batch, autocast)
-    # Alive until here: a storage that was freed could lend its address to another one.
-    del loss
-    return sum(size for address, size in kept.items() if address not in own)
-
-
 def gradient_bytes(model: nn.Module) -> int:
     """Bytes of all gradients as they are held: a sketched one is its factor."""
     held = 0
@@ -321,7 +308,7 @@ def train(
     if device.type == "cuda":
         result.peak_bytes = torch.cuda.max_memory_allocated(device)
     result.state_bytes = state_bytes(optimizer)
-    result.saved_bytes = bytes_saved_for_backward(model, compiled, batch, autocast)
+    result.saved_bytes = bytes_saved_for_backward(model, lambda: loss_of(compiled, batch, autocast))
     result.accuracy = accuracy_of(model, test, args)
     return result
 

@@ -25,7 +25,7 @@ import torch
 from matplotlib.figure import Figure
 from tabulate import tabulate
 from text import VOCABULARY, batches, load_text
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
@@ -186,9 +186,7 @@ def validate(
     return loss
 
 
-def bytes_saved_for_backward(
-    model: LlamaForCausalLM, compiled: Any, tokens: Tensor, autocast: torch.dtype | None
-) -> int:
+def bytes_saved_for_backward(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     """Bytes that a forward pass keeps for the backward pass, apart from parameters and buffers."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
@@ -199,7 +197,7 @@ def bytes_saved_for_backward(
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        loss = loss_of(compiled, tokens, autocast)
+        loss = forward()
     # Alive until here: a storage that was freed could lend its address to another one.
     del loss
     return sum(size for address, size in kept.items() if address not in own)
@@ -236,7 +234,8 @@ def train(name: str, config: LlamaConfig, text: tuple[Tensor, Tensor], args: Any
             result.validation.append((step, validate(model, held_out, autocast)))
     if device.type == "cuda":
         result.peak_bytes = torch.cuda.max_memory_allocated(device)
-    result.saved_bytes = bytes_saved_for_backward(model, compiled, tokens.to(device), autocast)
+    last = tokens.to(device)
+    result.saved_bytes = bytes_saved_for_backward(model, lambda: loss_of(compiled, last, autocast))
     if isinstance(backend, CompactBackend):
         result.report = backend.report()
     return result
