@@ -140,6 +140,8 @@ class CompactOptimizer(torch.optim.Optimizer):
                 if gradient is not None:
                     stand_ins.append(self._stand_in(weight, gradient, group))
                     steps.append((weight, stand_ins[-1], gradient, group))
+            if stand_ins:
+                torch._foreach_zero_(stand_ins)  # a few launches, not one for each weight
             dense = [weight for weight in group["params"] if weight not in sketched]
             lr = {"lr": group["lr"] * group["dense_scale"]} if "lr" in group else {}
             inner_groups.append({**group, "params": stand_ins, "weight_decay": 0.0})
@@ -165,7 +167,7 @@ class CompactOptimizer(torch.optim.Optimizer):
         if decay and not self._is_decoupled(group):
             factor = factor + decay * gradient.basis.compress(weight)
         dtype = self._state_dtype or factor.dtype
-        stand_in = torch.zeros_like(factor, dtype=dtype)
+        stand_in = torch.empty_like(factor, dtype=dtype)
         stand_in.grad = factor.to(dtype)
         state = self.state.pop(weight, {})
         self._refresh_state(state, gradient.basis, factor.device)

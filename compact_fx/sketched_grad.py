@@ -32,7 +32,7 @@ class Basis:
     def matrix(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """P (in_features, rank), rounded as the compiled graph rounds it, then in this dtype."""
         p = self.projection
-        key = torch.full((), self.key, dtype=torch.int64, device=device)
+        key = _key_on(device, self.key)
         if device.type != "cuda":
             drawn = RANDOM_PROJECTION(key, p.in_features, p.rank, p.kind, p.dtype)
         else:
@@ -57,6 +57,12 @@ class Basis:
         shape = [*factor.shape]
         shape[self.in_dim] = self.projection.in_features
         return shape[0], shape[1]
+
+
+@functools.lru_cache(maxsize=4096)
+def _key_on(device: torch.device, key: int) -> Tensor:
+    """The key as a tensor: optimizers ask for the same few hundred at every step."""
+    return torch.full((), key, dtype=torch.int64, device=device)
 
 
 @functools.cache
