@@ -5,6 +5,8 @@ Tried on torch 2.11 (CUDA) and 2.13 (CPU). Nothing is patched; settings change i
 
 import contextlib
 import copy
+import operator
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 import torch._functorch.config as functorch_config
 from torch import fx
+from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.descriptors import (
     DummyAOTOutput,
     GradAOTOutput,
@@ -26,8 +29,13 @@ from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
+from torch._logging._internal import trace_structured
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import _BoxedCodeGen
+from torch.utils._dtype_abbrs import dtype_abbrs
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -117,9 +125,73 @@ def mark_recomputed(node: fx.Node) -> None:
     node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
 
 
+def operator_name(node: fx.Node) -> str:
+    """`mm.default` of `aten.mm.default`; of a getitem, the operator it takes a result of."""
+    if node.target is operator.getitem:
+        return operator_name(node.args[0])  # type: ignore[arg-type]
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target).split(".", 1)[1]
+    return node.op if node.op != "call_function" else getattr(node.target, "__name__", "?")
+
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*(?:\n +([^\n]+))?')
+
+
+def source_line(node: fx.Node) -> str:
+    """`modeling.py:12: y = self.proj(x)`: the innermost line outside of torch; "" if unknown."""
+    frames = _FRAME.findall(node.stack_trace or "")
+    own = [frame for frame in frames if not frame[0].startswith(_TORCH_FOLDER)]
+    if not frames:
+        return ""
+    file, line, code = (own or frames)[-1]
+    return f"{os.path.basename(file)}:{line}" + (f": {code.strip()}" if code else "")
+
+
+_TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
+
+
+def type_of(node: fx.Node) -> str:
+    """`f32[4, 64]`; a symbolic or plain number as it is."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return f"{dtype_abbrs[value.dtype]}[{', '.join(map(str, value.shape))}]"
+    if isinstance(value, list | tuple):
+        return "(...)"
+    return str(value)
+
+
+def rename(placeholder: fx.Node, name: str) -> None:
+    """Another name for an input, with a number where it is taken."""
+    placeholder._rename(name)
+    placeholder.target = placeholder.name
+
+
+def graph_breaks() -> dict[str, int]:
+    """Reason → how often Dynamo broke a graph for it, in this process."""
+    return dict(counters["graph_break"])
+
+
+def trace_artifact(name: str, encoding: str, content: Callable[[], str]) -> None:
+    """An artifact for tlparse, if TORCH_TRACE is set; `content` is called only then."""
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": encoding},
+        payload_fn=content,
+    )
+
+
 def fake_mode_of(value: object) -> contextlib.AbstractContextManager[Any]:
     """The fake tensor mode of a node's `meta["val"]`, to compute the values of new nodes in."""
     return detect_fake_mode([value]) or contextlib.nullcontext()
+
+
+class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every operator that is run under it; see `__torch_dispatch__`."""
+
+
+def fake_mode() -> contextlib.AbstractContextManager[Any]:
+    """Tensors made under this have a shape and no data."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def size_hint(size: int | torch.SymInt) -> int:

@@ -7,10 +7,10 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -19,6 +19,7 @@ import compact_fx
 from compact_fx import _torch, passes
 from compact_fx.config import CompactConfig, config_from
 from compact_fx.errors import CannotCompact
+from compact_fx.graphs import CompactedGraphs, named
 from compact_fx.passes.choose_sites import choose_sites
 from compact_fx.passes.expand_projections import expand_projections
 from compact_fx.passes.joint_graph import JointGraph
@@ -26,10 +27,11 @@ from compact_fx.passes.partition import partition
 from compact_fx.passes.rewrite_weight_grads import rewrite_weight_grads
 from compact_fx.plan import Plan
 from compact_fx.proxies import ProxyInputs, refuse_distributed
-from compact_fx.report import report
+from compact_fx.report import CompactionReport
 from compact_fx.schedule import KeySchedule
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class CompactBackend:
@@ -38,17 +40,19 @@ class CompactBackend:
     Attributes:
         config: the settings.
         plans: one `Plan` for each graph that was compiled for training, in that order.
+        graphs: the graphs of each plan, with `keep_graphs=True`; empty otherwise.
     """
 
     def __init__(self, config: CompactConfig) -> None:
         self.config = config
         self._options = _torch.inductor_options(config.mode, config.options)
         self.plans: list[Plan] = []
+        self.graphs: list[CompactedGraphs] = []
         self._names: set[str] = set()
 
-    def report(self) -> str:
-        """What was sketched, where, why not, bytes and FLOPs before and after."""
-        return report(self.plans)
+    def report(self) -> CompactionReport:
+        """What was sketched, where, why not, bytes and FLOPs before and after; `print` it."""
+        return CompactionReport(plans=tuple(self.plans), graph_breaks=_torch.graph_breaks())
 
     def __call__(
         self,
@@ -70,31 +74,48 @@ class CompactBackend:
             inductor = self._options
         if self.config.gradients == "sketched" and torch.is_grad_enabled():
             refuse_distributed()
-        compiler = _GraphCompiler(self.config, inductor, module, example_inputs)
+        compiler = GraphCompiler(self.config, inductor, module, example_inputs)
         try:
             if not compiler.trains():
                 return compiler.compile_untouched()
-            plan, compiled = compiler.compile()
+            analysis = compiler.analyse()
+            compiled = compiler.compile(analysis)
         except CannotCompact as error:
             if self.config.strict:
                 raise
             warnings.warn(f"a graph is compiled without sketches: {error}", stacklevel=2)
             return compiler.compile_untouched()
-        if plan is not None:
-            self.plans.append(plan)
-            log.info(
-                "graph %d: %d of %d weight gradients sketched, %d → %d bytes kept for backward",
-                len(self.plans) - 1,
-                len(plan.sketched),
-                len(plan.sites),
-                plan.bytes_before,
-                plan.bytes_after,
-            )
-            self._check_patterns(plan)
-            reasons = sorted({site.reason for site in plan.sites if site.in_features})
-            if reasons and not plan.sketched:
-                warnings.warn(f"nothing is sketched in a graph: {'; '.join(reasons)}", stacklevel=2)
+        if analysis is not None:
+            self._record(analysis)
         return compiled
+
+    def _record(self, analysis: "Analysis") -> None:
+        plan = analysis.plan
+        self.plans.append(plan)
+        if analysis.graphs is not None:
+            self.graphs.append(analysis.graphs)
+        number = len(self.plans) - 1
+        log.info(
+            "graph %d: %d of %d weight gradients sketched, %d → %d bytes kept for backward",
+            number,
+            len(plan.sketched),
+            len(plan.sites),
+            plan.bytes_before,
+            plan.bytes_after,
+        )
+        for site in plan.sites:
+            log.debug("graph %d: %s", number, site)
+        _torch.trace_artifact(
+            f"compact_fx_plan_{number}",
+            "json",
+            CompactionReport(plans=(plan,), graph_breaks={}).to_json,
+        )
+        if analysis.graphs is not None:
+            _torch.trace_artifact(f"compact_fx_diff_{number}", "string", analysis.graphs.diff)
+        self._check_patterns(plan)
+        reasons = sorted({site.reason for site in plan.sites if site.in_features})
+        if reasons and not plan.sketched:
+            warnings.warn(f"nothing is sketched in a graph: {'; '.join(reasons)}", stacklevel=3)
 
     def _check_patterns(self, plan: Plan) -> None:
         self._names |= {site.weight for site in plan.sites}
@@ -142,14 +163,23 @@ def _named_backend(config: CompactConfig) -> CompactBackend:
     return _named_backends.setdefault(repr(config), CompactBackend(config))
 
 
+@dataclass(frozen=True)
+class Analysis:
+    """What the first phase finds in one graph.
+
+    Attributes:
+        graphs: None unless they are kept.
+    """
+
+    plan: Plan
+    graphs: CompactedGraphs | None
+
+
 class _Analysed(BaseException):
-    """Ends a compilation at the partitioner, with the plan; no `except Exception` may eat it."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    """Ends a compilation at the partitioner; no `except Exception` may eat it."""
 
 
-class _GraphCompiler:
+class GraphCompiler:
     """Compiles one graph of Dynamo's, in two phases: analyse, then compile what was planned.
 
     Dynamo's own graph is never changed: every phase gets a copy.
@@ -192,18 +222,40 @@ class _GraphCompiler:
         """What torch.compile does without this project."""
         return self._compile(_torch.copy_graph_module(self._module), self._example_inputs)
 
-    def compile(self) -> tuple[Plan | None, Callable[..., Any]]:
-        """The plan, None for a graph without a backward pass, and the compiled graph."""
-        try:
-            with _torch.cold_joint_graph():
-                return None, self._compile(
-                    _torch.copy_graph_module(self._module), self._example_inputs, self._analyse
-                )
-        except _Analysed as analysed:
-            plan = analysed.plan
-        if not plan.sketched:
-            return plan, self.compile_untouched()
+    def visit(self, visitor: Callable[[JointGraph], T]) -> T | None:
+        """What the visitor makes of the joint graph; None for a graph without a backward pass.
 
+        Raises:
+            CannotCompact: the visitor failed.
+        """
+        results: list[T] = []
+
+        def partition(
+            module: fx.GraphModule, num_fwd_outputs: int, static_inputs: Sequence[int]
+        ) -> tuple[fx.GraphModule, fx.GraphModule]:
+            with _failures_are_cannot_compact():
+                results.append(visitor(self._joint(module, num_fwd_outputs, static_inputs)))
+            raise _Analysed
+
+        with contextlib.suppress(_Analysed), _torch.cold_joint_graph():
+            self._compile(_torch.copy_graph_module(self._module), self._example_inputs, partition)
+        return results[0] if results else None
+
+    def analyse(self) -> Analysis | None:
+        """The first phase: the plan, and nothing compiled. None without a backward pass."""
+
+        def visitor(joint: JointGraph) -> Analysis:
+            plan = choose_sites(joint, self._config)
+            keep = self._config.keep_graphs
+            return Analysis(plan, CompactedGraphs(named(joint), plan) if keep else None)
+
+        return self.visit(visitor)
+
+    def compile(self, analysis: Analysis | None) -> Callable[..., Any]:
+        """The second phase: the graph, compiled as planned."""
+        if analysis is None or not analysis.plan.sketched:
+            return self.compile_untouched()
+        plan = analysis.plan
         schedule = KeySchedule(plan, self._config.seed, self._config.update_interval)
         owners = plan.owners
         proxy_inputs = ProxyInputs(plan, schedule)
@@ -227,7 +279,7 @@ class _GraphCompiler:
         def run(*args: Any) -> Any:
             return compiled(*args, *extra_inputs(args))
 
-        return plan, run
+        return run
 
     def _compile(
         self,
@@ -251,13 +303,6 @@ class _GraphCompiler:
         module.graph.eliminate_dead_code()
         _torch.eliminate_common_subexpressions(module)
         return JointGraph(module, num_fwd_outputs, tuple(static_inputs), self._weights)
-
-    def _analyse(
-        self, module: fx.GraphModule, num_fwd_outputs: int, static_inputs: Sequence[int]
-    ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        with _failures_are_cannot_compact():
-            plan = choose_sites(self._joint(module, num_fwd_outputs, static_inputs), self._config)
-        raise _Analysed(plan)
 
     def _partition(
         self,

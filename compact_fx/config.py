@@ -36,6 +36,7 @@ class CompactConfig:
         inner: "inductor", or "aot_eager" to run the same graphs without code generation.
         mode: of torch.compile, such as "reduce-overhead"; goes to Inductor.
         options: Inductor's own options.
+        keep_graphs: keep the graphs before and after in `backend.graphs`, to read them.
         strict: raise `CannotCompact` instead of compiling a graph untouched with a warning.
     """
 
@@ -52,6 +53,7 @@ class CompactConfig:
     inner: Inner = "inductor"
     mode: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    keep_graphs: bool = field(default=False, repr=False)  # decides nothing: not in cache keys
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -71,7 +73,7 @@ class CompactConfig:
         _check_int("min_features", self.min_features, 1)
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
-        for name in ("recompute", "strict"):
+        for name in ("recompute", "keep_graphs", "strict"):
             _check_type(name, getattr(self, name), bool)
         if self.mode is not None:
             _check_type("mode", self.mode, str)

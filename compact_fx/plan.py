@@ -1,13 +1,15 @@
 """What was decided for one compiled graph: data, the same on a cold and on a warm cache."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar, get_args
 
 from compact_fx.config import Place
 from compact_fx.projections import Projection
 
 Placement = Literal["early", "late"]
+SavedKind = Literal["sketch", "matmul input", "attention", "norm or activation", "index or mask"]
+SAVED_KINDS: tuple[SavedKind, ...] = get_args(SavedKind)
 T = TypeVar("T")
 
 
@@ -20,6 +22,10 @@ class Saved:
         op: the operator that makes it.
         shape, dtype: as text, with symbols for dynamic sizes.
         bytes: of its storage; symbolic sizes count with their hint.
+        kind: what the backward pass needs it for.
+        readers: the backward's operators that read it, and
+        source: the line of the model that made it; neither decides anything, so that an edited
+            comment in a model does not miss a cache.
     """
 
     name: str
@@ -27,6 +33,9 @@ class Saved:
     shape: str
     dtype: str
     bytes: int
+    kind: SavedKind
+    readers: tuple[str, ...] = field(repr=False, compare=False)
+    source: str = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,54 +1,250 @@
-"""What was done to a model, as text."""
+"""What was done to a model: as a table, as data, as a picture."""
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
-from compact_fx.plan import Plan, Site
+from compact_fx.plan import SAVED_KINDS, Plan, Saved, Site
+
+_TOP = 8  # of what else crosses
+_NARROW = 40  # characters of a reason or a source line
 
 
-def report(plans: Sequence[Plan]) -> str:
-    """A table of every candidate weight of every compiled graph, with totals."""
-    if not plans:
-        return "nothing was compiled for training yet: run a forward pass that needs gradients"
-    return "\n\n".join(_graph(number, plan) for number, plan in enumerate(plans))
+@dataclass(frozen=True, kw_only=True)
+class CompactionReport:
+    """The plans of all graphs that a backend compiled for training; `print` it.
+
+    Attributes:
+        plans: one for each graph.
+        graph_breaks: reason → how often Dynamo broke a graph for it, in this process.
+    """
+
+    plans: tuple[Plan, ...]
+    graph_breaks: Mapping[str, int]
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def table(self, tablefmt: str = "simple", *, wide: bool = False) -> str:
+        """Readable text: a line of totals, the weights, and what else crosses the boundary.
+
+        Args:
+            tablefmt: of tabulate, such as "simple" or "github".
+            wide: more columns, and nothing shortened.
+        """
+        if not self.plans:
+            return "nothing was compiled for training yet: run a forward pass that needs gradients"
+        parts = [
+            part
+            for number, plan in enumerate(self.plans)
+            for part in (
+                f"graph {number}: {_totals(plan)}",
+                _weights(plan, tablefmt, wide),
+                _crossing(plan, tablefmt, wide),
+            )
+        ]
+        if self.graph_breaks:
+            breaks = sorted(self.graph_breaks.items(), key=lambda entry: -entry[1])
+            rows = [[count, reason.splitlines()[0]] for reason, count in breaks]
+            parts.append(tabulate(rows, ["graph breaks", "reason"], tablefmt=tablefmt))
+        return "\n\n".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data with stable names: bytes, and FLOPs of weight gradients, as integers."""
+        graphs: list[dict[str, Any]] = [
+            {
+                "totals": _sums(plan),
+                "sites": [asdict(site) for site in plan.sites],
+                "saved_before": [asdict(saved) for saved in plan.saved_before],
+                "saved_after": [asdict(saved) for saved in plan.saved_after],
+            }
+            for plan in self.plans
+        ]
+        totals: dict[str, int] = dict.fromkeys(_sums(Plan(sites=())), 0)
+        for graph in graphs:
+            for name, value in graph["totals"].items():
+                totals[name] += value
+        return {
+            "version": 1,
+            "totals": totals,
+            "graphs": graphs,
+            "graph_breaks": dict(self.graph_breaks),
+        }
+
+    def to_json(self, indent: int | None = 1) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def plot(self, path: str | Path) -> Path:
+        """Stacked bars of what crosses the boundary, before and after; needs matplotlib."""
+        from compact_fx.plots import crossing  # matplotlib is an extra
+
+        return crossing(self.plans, path)
 
 
-def _graph(number: int, plan: Plan) -> str:
-    headers = [
-        "weight",
-        "in → rank",
-        "out",
-        "placement",
-        "kept MB",
-        "weight-grad GFLOP",
-        "left alone because",
-    ]
-    before = sum(site.flops_before for site in plan.sites)
-    after = sum(site.flops_after for site in plan.sites)
-    total = (
-        f"graph {number}: {len(plan.sketched)} of {len(plan.sites)} weight gradients sketched; "
-        f"kept for backward {_arrow(plan.bytes_before, plan.bytes_after, 1e6)} MB; "
-        f"weight gradients {_arrow(before, after, 1e9)} GFLOP"
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def _sums(plan: Plan) -> dict[str, int]:
+    return {
+        "weights": len(plan.sites),
+        "sketched": len(plan.sketched),
+        "bytes_before": plan.bytes_before,
+        "bytes_after": plan.bytes_after,
+        "flops_before": sum(site.flops_before for site in plan.sites),
+        "flops_after": sum(site.flops_after for site in plan.sites),
+    }
+
+
+def _totals(plan: Plan) -> str:
+    sums = _sums(plan)
+    return (
+        f"{sums['sketched']} of {sums['weights']} weight gradients sketched; kept for backward "
+        f"{arrow(sums['bytes_before'], sums['bytes_after'], 1e6)} MB; weight gradients "
+        f"{arrow(sums['flops_before'], sums['flops_after'], 1e9)} GFLOP"
     )
-    return total + "\n" + tabulate([_row(site) for site in plan.sites], headers=headers)
 
 
-def _row(site: Site) -> list[str]:
-    again = f" (use {site.use + 1})" if site.use else ""
-    rank = f" → {site.rank}" if site.rank else ""
+def _weights(plan: Plan, tablefmt: str, wide: bool) -> str:
+    headers = ["weight", "count", "in → rank", "placement", "kept MB", "weight-grad GFLOP"]
+    headers += [*(("out", "gradient") if wide else ()), "left alone because"]
+    groups: dict[tuple[Any, ...], list[Site]] = {}
+    sketched = {proxy.index for proxy in plan.proxies}
+    for site in plan.sites:
+        alike = (
+            re.sub(r"\d+", "#", site.weight),
+            site.use,
+            site.in_features,
+            site.out_features,
+            site.rank,
+            site.placement,
+            site.reason,
+            site.index in sketched,
+        )
+        groups.setdefault(alike, []).append(site)
+    rows = []
+    for sites in groups.values():
+        for pattern, names in merge_names([site.weight for site in sites]):
+            members = [site for site in sites if site.weight in names]
+            rows.append(_row(pattern, members, members[0].index in sketched, wide))
+    return tabulate(rows, headers=headers, tablefmt=tablefmt, disable_numparse=True)
+
+
+def _row(pattern: str, sites: Sequence[Site], sketched: bool, wide: bool) -> list[str]:
+    first = sites[0]
+    rank = f" → {first.rank}" if first.rank else ""
+    gradient = "" if first.placement is None else "sketched" if sketched else "dense"
     return [
-        site.weight + again,
-        f"{site.in_features}{rank}" if site.in_features else "",
-        str(site.out_features or ""),
-        site.placement or "",
-        _arrow(site.bytes_before, site.bytes_after, 1e6),
-        _arrow(site.flops_before, site.flops_after, 1e9),
-        site.reason,
+        pattern + (f" (use {first.use + 1})" if first.use else ""),
+        str(len(sites)),
+        f"{first.in_features}{rank}" if first.in_features else "",
+        first.placement or "",
+        arrow(sum(s.bytes_before for s in sites), sum(s.bytes_after for s in sites), 1e6),
+        arrow(sum(s.flops_before for s in sites), sum(s.flops_after for s in sites), 1e9),
+        *((str(first.out_features or ""), gradient) if wide else ()),
+        first.reason if wide else _shortened(first.reason),
     ]
 
 
-def _arrow(before: int, after: int, unit: float) -> str:
+def _crossing(plan: Plan, tablefmt: str, wide: bool) -> str:
+    """What crosses, per kind, then the largest tensors of the compacted graph and why."""
+    kinds = [
+        [
+            kind,
+            arrow(before, after, 1e6),
+            f"{sum(s.kind == kind for s in plan.saved_before)} → "
+            f"{sum(s.kind == kind for s in plan.saved_after)}",
+        ]
+        for kind in SAVED_KINDS
+        if (before := bytes_of_kind(plan.saved_before, kind))
+        + (after := bytes_of_kind(plan.saved_after, kind))
+    ]
+    table = tabulate(kinds, ["what crosses", "MB", "tensors"], tablefmt, disable_numparse=True)
+    alike: dict[tuple[Any, ...], list[Saved]] = {}
+    for saved in plan.saved_after:
+        key = (saved.shape, saved.dtype, saved.op, saved.readers, saved.source)
+        alike.setdefault(key, []).append(saved)
+    largest = sorted(alike.values(), key=lambda group: -sum(saved.bytes for saved in group))
+    rows = [
+        [
+            f"{sum(saved.bytes for saved in group) / 1e6:.3g}",
+            str(len(group)),
+            f"{group[0].dtype} {group[0].shape}",
+            group[0].op,
+            ", ".join(group[0].readers if wide else group[0].readers[:2]),
+            group[0].source if wide else _shortened(group[0].source),
+        ]
+        for group in (largest if wide else largest[:_TOP])
+    ]
+    headers = ["MB", "count", "tensor", "made by", "read by", "source"]
+    return table + "\n\n" + tabulate(rows, headers, tablefmt, disable_numparse=True)
+
+
+def bytes_of_kind(saved: Iterable[Saved], kind: str) -> int:
+    """Bytes that cross for one kind of tensor."""
+    return sum(tensor.bytes for tensor in saved if tensor.kind == kind)
+
+
+def arrow(before: int, after: int, unit: float) -> str:
+    """`1.2 → 0.4`, in this unit; nothing where there was nothing."""
     if before == after == 0:
         return ""
     return f"{before / unit:.3g} → {after / unit:.3g}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _NARROW else text[: _NARROW - 1] + "…"
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+def merge_names(names: Sequence[str]) -> list[tuple[str, set[str]]]:
+    """Names that differ in numbers only, as patterns: `layers.{0-23}.mlp.down_proj.weight`.
+
+    Returns:
+        Each pattern with the names that it stands for; together all names, each once.
+    """
+    groups: dict[str, list[tuple[int, ...]]] = {}
+    for name in names:
+        numbers = tuple(int(number) for number in re.findall(r"\d+", name))
+        groups.setdefault(re.sub(r"\d+", "#", name), []).append(numbers)
+    return [part for template, rows in groups.items() for part in _merged(template, rows)]
+
+
+def _merged(template: str, rows: Sequence[tuple[int, ...]]) -> list[tuple[str, set[str]]]:
+    choices = [sorted(set(column)) for column in zip(*rows, strict=True)]
+    if set(product(*choices)) == set(rows) or not choices:
+        filled = _fill(template, [_ranges(values) for values in choices])
+        return [(filled, {_fill(template, map(str, row)) for row in rows})]
+    # Not every combination is there: one pattern for each number in the first place.
+    parts: list[tuple[str, set[str]]] = []
+    for first in choices[0]:
+        rest = [row[1:] for row in rows if row[0] == first]
+        parts += _merged(template.replace("#", str(first), 1), rest)
+    return parts
+
+
+def _fill(template: str, values: Iterable[str]) -> str:
+    for value in values:
+        template = template.replace("#", value, 1)
+    return template
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`{0-3,7}` of 0, 1, 2, 3, 7."""
+    if len(numbers) == 1:
+        return str(numbers[0])
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return "{" + ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) + "}"

@@ -237,7 +237,7 @@ def train(name: str, config: LlamaConfig, text: tuple[Tensor, Tensor], args: Any
     last = tokens.to(device)
     result.saved_bytes = bytes_saved_for_backward(model, lambda: loss_of(compiled, last, autocast))
     if isinstance(backend, CompactBackend):
-        result.report = backend.report()
+        result.report = str(backend.report())
     return result
 
 

@@ -141,6 +141,28 @@ def is_transposition(node: fx.Node) -> bool:
     return node.target is aten.t.default
 
 
+_RELABELLING = {
+    "permute",
+    "transpose",
+    "t",
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "squeeze",
+    "unsqueeze",
+    "expand",
+    "alias",
+    "clone",
+    "_to_copy",
+    "convert_element_type",
+}
+
+
+def is_relabelling(node: fx.Node) -> bool:
+    """Whether a node has the values of its input: a view, a copy or a cast."""
+    return node.op == "call_function" and _torch.operator_name(node).split(".")[0] in _RELABELLING
+
+
 def finish(module: fx.GraphModule) -> None:
     """Drop what a pass made dead, check the graph and make its code current."""
     module.graph.eliminate_dead_code()

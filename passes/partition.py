@@ -8,9 +8,11 @@ from torch import fx
 
 from compact_fx import _torch
 from compact_fx.errors import CannotCompact
-from compact_fx.passes.joint_graph import JointGraph
-from compact_fx.plan import Saved
+from compact_fx.passes.joint_graph import JointGraph, is_relabelling
+from compact_fx.plan import Saved, SavedKind
 from compact_fx.projections import RANDOM_PROJECTION
+
+_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "_grouped_mm", "convolution_backward"}
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,13 @@ def partition(joint: JointGraph, *, recompute: bool, early: Sequence[fx.Node] = 
     # Views of parameters cross as well; their storages are there anyway.
     free = {storage_of(node) for node in joint.static_placeholders()}
     saved: dict[int, Saved] = {}
+    received = {node.name: node for node in backward.graph.find_nodes(op="placeholder")}
     outputs = list(forward.graph.output_node().args[0])  # type: ignore[arg-type]
     for node in outputs[joint.num_fwd_outputs :]:
         if isinstance(node, fx.Node) and node.target is RANDOM_PROJECTION:
             raise CannotCompact("the partitioner would save a projection")
         if isinstance(node, fx.Node) and is_tensor(node) and storage_of(node) not in free:
-            saved.setdefault(storage_of(node), _describe(node))
+            saved.setdefault(storage_of(node), _describe(node, received.get(node.name, node)))
     results = tuple(n for n in outputs[: joint.num_fwd_outputs] if isinstance(n, fx.Node))
     return Partition(forward, backward, results, saved)
 
@@ -103,12 +106,43 @@ def bytes_of(node: fx.Node) -> int:
         return _torch.size_hint(value.numel()) * int(value.element_size())
 
 
-def _describe(node: fx.Node) -> Saved:
+def _describe(node: fx.Node, received: fx.Node) -> Saved:
+    """What crosses: a node of the forward, and the placeholder it is in the backward."""
     value = node.meta["val"]
+    readers = tuple(dict.fromkeys(_torch.operator_name(reader) for reader in _readers(received)))
     return Saved(
         name=node.name,
-        op=str(node.target),
+        op=_torch.operator_name(node),
         shape=str(tuple(value.shape)),
         dtype=str(value.dtype).removeprefix("torch."),
         bytes=bytes_of(node),
+        kind=_kind(node, readers),
+        readers=readers,
+        source=_torch.source_line(node),
     )
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """What reads a node's values: through views and casts, which are no reason to keep it."""
+    found: list[fx.Node] = []
+    for user in node.users:
+        found += _readers(user) if is_relabelling(user) else [user]
+    return found
+
+
+def _kind(node: fx.Node, readers: Sequence[str]) -> SavedKind:
+    if _is_sketch(node):
+        return "sketch"
+    if not node.meta["val"].dtype.is_floating_point:
+        return "index or mask"
+    if any("attention" in reader for reader in readers):
+        return "attention"
+    if any(reader.split(".")[0] in _PRODUCTS for reader in readers):
+        return "matmul input"
+    return "norm or activation"
+
+
+def _is_sketch(node: fx.Node) -> bool:
+    """Whether a node is x P."""
+    operands = node.all_input_nodes if node.op == "call_function" else []
+    return any(operand.target is RANDOM_PROJECTION for operand in operands)

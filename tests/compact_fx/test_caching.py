@@ -22,7 +22,7 @@ torch.compile(model, backend=backend)(torch.randn(32, 64)).sum().backward()
 print(json.dumps({
     "aot": [counters["aot_autograd"][f"autograd_cache_{x}"] for x in ("hit", "miss")],
     "fx": [counters["inductor"][f"fxgraph_cache_{x}"] for x in ("hit", "miss")],
-    "report": backend.report(),
+    "report": backend.report().to_json(),
     "gradient": model[0].weight.grad.double().sum().item(),
 }))
 """

@@ -46,6 +46,7 @@ WRONG = [
     ("exclude", {"lm_head"}, TypeError, "a tuple of name patterns"),
     ("recompute", 1, TypeError, "a bool"),
     ("strict", "yes", TypeError, "a bool"),
+    ("keep_graphs", 1, TypeError, "a bool"),
     ("mode", 3, TypeError, "a str"),
     ("options", None, TypeError, "a Mapping"),
     ("options", [("shape_padding", True)], TypeError, "a Mapping"),

@@ -11,7 +11,6 @@ from transformers.pytorch_utils import Conv1D
 from compact_fx.config import CompactConfig
 from compact_fx.passes.choose_sites import choose_sites
 from compact_fx.passes.partition import partition
-from compact_fx.plan import Saved
 from compact_fx.projections import KINDS, salt_of
 
 
@@ -263,7 +262,7 @@ def test_nothing_is_sketched_where_that_keeps_more(joint_of, monkeypatch):
         cut = partition(joint, recompute=recompute, early=early)
         if not joint.key_inputs:
             return cut
-        more = Saved(name="more", op="", shape="", dtype="", bytes=10**6)
+        more = replace(next(iter(cut.saved)), name="more", bytes=10**6)
         return replace(cut, saved_by_storage={**cut.saved_by_storage, -1: more})
 
     monkeypatch.setattr("compact_fx.passes.choose_sites.partition", costly)

@@ -1,0 +1,226 @@
+"""`python -m compact_fx`: explain a model, read its graphs, or describe this machine."""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+from compact_fx.config import CompactConfig
+from compact_fx.errors import CannotCompact
+from compact_fx.explain import STATES, Explanation, explain
+from compact_fx.graphs import dot_of
+from compact_fx.projections import KINDS
+
+
+class _BadInput(Exception):
+    """Something a person typed; one line, exit code 2."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except (_BadInput, CannotCompact, TypeError, ValueError, ImportError) as error:
+        print(f"compact_fx: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m compact_fx", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("--hf-config", type=Path, required=True, metavar="FILE.json")
+    model.add_argument("--batch", type=int, default=8)
+    model.add_argument("--seq", type=int, default=2048, help="tokens in a sequence")
+    model.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    model.add_argument("--layers", type=int, help="in place of num_hidden_layers")
+    model.add_argument("--rank", type=_rank, default=CompactConfig.rank)
+    model.add_argument("--gradients", default="dense", choices=["dense", "sketched"])
+    model.add_argument("--projection", default=CompactConfig.projection, choices=KINDS)
+    model.add_argument("--no-recompute", action="store_true", help="recompute=False")
+
+    command = commands.add_parser(
+        "explain", parents=[model], help="what a training step would take; nothing is run"
+    )
+    command.add_argument("--optimizer", default="adamw", choices=STATES)
+    command.add_argument("--plot", type=Path, metavar="OUT.png", help="stacked bars")
+    command.add_argument("--timeline", type=Path, metavar="OUT.png", help="memory over a step")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--wide", action="store_true", help="more columns, nothing shortened")
+    command.set_defaults(run=_explain)
+
+    command = commands.add_parser(
+        "graph", parents=[model], help="write the graphs before and after, as text and as SVG"
+    )
+    command.add_argument("--out", type=Path, default=Path("graphs"), metavar="FOLDER")
+    command.set_defaults(run=_graph)
+
+    command = commands.add_parser("env", help="versions and devices, for a bug report")
+    command.set_defaults(run=_env)
+    return parser
+
+
+def _rank(text: str) -> float | int:
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a fraction nor a number") from None
+
+
+# --- commands ------------------------------------------------------------------------------------
+
+
+def _explain(args: argparse.Namespace) -> None:
+    found = _explained(args, optimizer=args.optimizer)
+    for path, draw in ((args.plot, found.plot), (args.timeline, found.timeline)):
+        if path is not None:
+            print(f"wrote {draw(path)}", file=sys.stderr)
+    if args.json:
+        print(found.to_json())
+    else:
+        print(found.table(), found.report.table(wide=args.wide), sep="\n\n")
+
+
+def _graph(args: argparse.Namespace) -> None:
+    found = _explained(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for number, graphs in enumerate(found.graphs):
+        modules = {
+            "joint_before": graphs.joint_before,
+            "joint_after": graphs.joint_after,
+            "forward": graphs.forward,
+            "backward": graphs.backward,
+        }
+        written = [_write(args.out / f"{number}_diff.txt", graphs.diff())]
+        for name, module in modules.items():
+            text = module.print_readable(print_output=False)
+            written.append(_write(args.out / f"{number}_{name}.txt", text))
+            if shutil.which("dot"):
+                written.append(_draw(module, args.out / f"{number}_{name}.svg"))
+        print("\n".join(map(str, written)))
+    if not shutil.which("dot"):
+        print("no pictures: graphviz's `dot` is not installed", file=sys.stderr)
+
+
+def _write(path: Path, text: str) -> Path:
+    path.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def _draw(module: torch.fx.GraphModule, path: Path) -> Path:
+    command = ["dot", "-Tsvg", "-o", str(path)]
+    subprocess.run(command, input=dot_of(module).encode(), check=True)
+    return path
+
+
+def _env(args: argparse.Namespace) -> None:
+    packages = ("compact_fx", "torch", "triton", "transformers", "numpy")
+    rows: list[list[Any]] = [
+        ["python", platform.python_version()],
+        ["platform", platform.platform()],
+        *[[name, _version(name)] for name in packages],
+        ["CUDA", torch.version.cuda or "not in this build of torch"],
+        ["HIP", torch.version.hip or "not in this build of torch"],
+        ["CPU threads", torch.get_num_threads()],
+    ]
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        rows.append([f"GPU {index}", f"{device.name}, {device.total_memory / 1e9:.1f} GB"])
+    rows += [
+        [
+            "Inductor",
+            _inductor(),
+        ],
+        ["gradients", "dense, sketched (one process)"],
+    ]
+    print(tabulate(rows, tablefmt="plain", disable_numparse=True))
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _inductor() -> str:
+    """Whether it can compile here: it needs a C++ compiler."""
+    try:
+        torch.compile(torch.sin, dynamic=False)(torch.zeros(8))
+    except Exception as error:  # whatever is missing
+        return f"does not work, use inner='aot_eager': {type(error).__name__}"
+    return "works"
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+def _explained(args: argparse.Namespace, **settings: Any) -> Explanation:
+    """The model of a Hugging Face configuration, explained for a batch of token ids."""
+    for name in ("batch", "seq"):
+        if getattr(args, name) < 1:
+            raise _BadInput(f"--{name} {getattr(args, name)} must be ≥ 1")
+    model, config = _model(args)
+    tokens = torch.zeros(args.batch, args.seq, dtype=torch.int64, device="meta")
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and args.seq > longest:
+        raise _BadInput(f"--seq {args.seq} is more than max_position_embeddings {longest}")
+    inputs: dict[str, Any] = {"input_ids": tokens, "labels": tokens}
+    if hasattr(config, "use_cache") and not config.is_encoder_decoder:
+        inputs["use_cache"] = False
+    return explain(
+        model,
+        rank=args.rank,
+        gradients=args.gradients,
+        projection=args.projection,
+        recompute=not args.no_recompute,
+        **settings,
+        **inputs,
+    )
+
+
+def _model(args: argparse.Namespace) -> tuple[torch.nn.Module, Any]:
+    """Built on the meta device: without memory."""
+    try:
+        import transformers
+    except ImportError:
+        raise _BadInput("--hf-config needs transformers: pip install transformers") from None
+    try:
+        content = json.loads(args.hf_config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise _BadInput(f"cannot read {args.hf_config}: {error}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
+        raise _BadInput(f"{args.hf_config} has no model_type: is it a Hugging Face config.json?")
+    if args.layers is not None:
+        content["num_hidden_layers"] = args.layers
+    kind = content.pop("model_type")
+    try:
+        config = transformers.AutoConfig.for_model(kind, **content)
+    except ValueError:
+        raise _BadInput(f"model_type {kind!r} is not one that transformers knows") from None
+    name = next(iter(content.get("architectures") or ()), None)
+    maker: Any = getattr(transformers, name, None) if name else transformers.AutoModelForCausalLM
+    if maker is None:
+        raise _BadInput(f"architecture {name!r} is not one that transformers has")
+    build = maker.from_config if hasattr(maker, "from_config") else maker
+    try:
+        with torch.device("meta"):
+            return build(config).to(getattr(torch, args.dtype)).train(), config
+    except Exception as error:  # whatever a model's constructor makes of its numbers
+        raise _BadInput(f"{args.hf_config} makes no model: {error}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,317 @@
+"""What training would take, without running or allocating anything."""
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, fx, nn
+
+from compact_fx import _torch
+from compact_fx.backend import GraphCompiler
+from compact_fx.config import CompactConfig, config_from
+from compact_fx.graphs import CompactedGraphs, named
+from compact_fx.memory import GraphMemory, LiveMemory, Moment, graph_memory, step_timeline
+from compact_fx.passes.choose_sites import choose_sites
+from compact_fx.passes.joint_graph import JointGraph
+from compact_fx.report import CompactionReport
+
+STATES = {"adamw": 2, "adam": 2, "sgd": 0, "momentum": 1}
+"""How many tensors of a gradient's size an optimizer keeps."""
+
+COMPILED, DENSE, SKETCHED = "torch.compile", "compact, dense", "compact, sketched"
+VARIANTS = ("eager", COMPILED, DENSE, SKETCHED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Breakdown:
+    """The memory of one way to train, in bytes.
+
+    Attributes:
+        weights: parameters and buffers.
+        gradients: of all parameters, as they are when backward is over.
+        optimizer: its states.
+        saved: what the forward keeps for the backward.
+        other: what the peak has beyond weights, states and the larger of saved and gradients:
+            inputs, and what operators are working on.
+        peak: the most that is alive at one time.
+        timeline: live bytes over one step, weights and states included.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    saved: int
+    other: int
+    peak: int
+    timeline: tuple[Moment, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """What `explain` found; `print` it.
+
+    Attributes:
+        report: as `backend.report()` would give it.
+        memory: by variant: "eager", "torch.compile", "compact, dense" and "compact, sketched"
+            gradients.
+        graphs: of each compiled graph, with the settings that were asked for.
+    """
+
+    report: CompactionReport
+    memory: Mapping[str, Breakdown]
+    graphs: tuple[CompactedGraphs, ...] = field(repr=False)
+
+    def __str__(self) -> str:
+        return self.table() + "\n\n" + str(self.report)
+
+    def table(self, tablefmt: str = "simple") -> str:
+        """The breakdown of each variant in GB (10⁹ bytes)."""
+        names = ["weights", "gradients", "optimizer", "saved", "other", "peak"]
+        rows = [
+            [variant, *(f"{getattr(row, name) / 1e9:.2f}" for name in names)]
+            for variant, row in self.memory.items()
+        ]
+        headers = ["GB", "weights", "gradients", "optimizer", "saved", "other at peak", "peak"]
+        return tabulate(rows, headers, tablefmt, disable_numparse=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data with stable names, all sizes in bytes."""
+        memory = {
+            variant: {k: v for k, v in asdict(row).items() if k != "timeline"}
+            for variant, row in self.memory.items()
+        }
+        return {"memory": memory, "report": self.report.to_dict()}
+
+    def to_json(self, indent: int | None = 1) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def plot(self, path: str | Path) -> Path:
+        """Stacked bars of each variant's memory; needs matplotlib."""
+        from compact_fx.plots import breakdown  # matplotlib is an extra
+
+        return breakdown(self.memory, path)
+
+    def timeline(self, path: str | Path) -> Path:
+        """Live memory over forward and backward, one line for each variant; needs matplotlib."""
+        from compact_fx.plots import timeline
+
+        return timeline({name: row.timeline for name, row in self.memory.items()}, path)
+
+
+def explain(
+    model: nn.Module,
+    *args: Any,
+    optimizer: str = "adamw",
+    loss: Callable[[Any], Tensor] | None = None,
+    **kwargs: Any,
+) -> Explanation:
+    """What a backend with these settings would do to a model, and what a step would take.
+
+    Nothing is run and nothing is allocated: the model may be on the "meta" device, of any size.
+
+    Args:
+        model: on any device; not changed.
+        args: of the model's forward, as are keyword arguments that are no setting.
+        optimizer: "adamw", "adam", "sgd" or "momentum".
+        loss: makes a scalar of the model's output. By default `output.loss` if there is one,
+            otherwise the sum of the first tensor in it.
+        kwargs: fields of `CompactConfig`, such as `rank=0.25`; all others go to the model.
+
+    Raises:
+        ValueError, TypeError: a setting that cannot be, an optimizer that is not known.
+        CannotCompact: a graph that the backend would leave untouched.
+    """
+    if optimizer not in STATES:
+        raise ValueError(f"optimizer={optimizer!r} must be one of {', '.join(map(repr, STATES))}")
+    names = {field.name for field in fields(CompactConfig)}
+    config = config_from({k: v for k, v in kwargs.items() if k in names})
+    inputs = {k: v for k, v in kwargs.items() if k not in names}
+    with _torch.fake_mode():
+        model, args, inputs = _faked((model, args, inputs))
+        analyser = _Analyser(config)
+        output = torch.compile(model, backend=analyser, dynamic=False)(*args, **inputs)
+        outside = _memory_of_loss(output, loss)
+        eager, saved = _memory_of_eager(model, args, inputs, loss)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    lasting = _bytes([*model.parameters(), *model.buffers()])
+    given = _bytes(_torch.tree_leaves((args, inputs)))
+    memory = {}
+    for way in VARIANTS:
+        gradients, scratch = _bytes(weights), 0
+        timeline: Sequence[Moment] = eager
+        if way != "eager":
+            graphs = [found.memory[way] for found in analyser.found]
+            saved = sum(graph.saved for graph in graphs)
+            timeline = step_timeline(graphs, outside)
+        if way == SKETCHED:
+            gradients, scratch = analyser.sketched(weights)
+        states = STATES[optimizer] * gradients
+        step = Moment("optimizer", "step", gradients + scratch)
+        base = lasting + states + given
+        moments = tuple(replace(m, bytes=base + m.bytes) for m in (*timeline, step))
+        peak = max(moment.bytes for moment in moments)
+        memory[way] = Breakdown(
+            weights=lasting,
+            gradients=gradients,
+            optimizer=states,
+            saved=saved,
+            other=peak - lasting - states - max(saved, gradients),
+            peak=peak,
+            timeline=moments,
+        )
+    graphs_of = [found.graphs[config.gradients] for found in analyser.found]
+    report = CompactionReport(
+        plans=tuple(graphs.plan for graphs in graphs_of), graph_breaks=_torch.graph_breaks()
+    )
+    return Explanation(report=report, memory=memory, graphs=tuple(graphs_of))
+
+
+# --- the compiled graphs -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Found:
+    """One graph: its compactions by gradient mode, and its memory by variant."""
+
+    graphs: Mapping[str, CompactedGraphs]
+    memory: Mapping[str, GraphMemory]
+    inputs: Sequence[Any]
+
+
+class _Analyser:
+    """A backend that analyses graphs and runs them as they are."""
+
+    def __init__(self, config: CompactConfig) -> None:
+        self._config = config
+        self._options = _torch.inductor_options(config.mode, config.options)
+        self.found: list[_Found] = []
+
+    def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        compiler = GraphCompiler(self._config, self._options, module, inputs)
+        if compiler.trains():
+            found = compiler.visit(lambda joint: self._analyse(joint, inputs))
+            self.found += [found] if found is not None else []
+        return module.forward
+
+    def _analyse(self, joint: JointGraph, inputs: Sequence[Any]) -> _Found:
+        joint = named(joint)
+        graphs = {
+            gradients: CompactedGraphs(
+                joint, choose_sites(joint, replace(self._config, gradients=gradients))
+            )
+            for gradients in ("dense", "sketched")
+        }
+        memory = {
+            COMPILED: graph_memory(graphs["dense"].cut_before, joint),
+            DENSE: graph_memory(graphs["dense"].cut, joint),
+            SKETCHED: graph_memory(graphs["sketched"].cut, joint),
+        }
+        return _Found(graphs, memory, inputs)
+
+    def sketched(self, weights: Sequence[Tensor]) -> tuple[int, int]:
+        """Bytes of all gradients, and what the compact optimizer needs for its step."""
+        sizes = {id(weight): _bytes([weight]) for weight in weights}
+        factors = projections = 0
+        for found in self.found:
+            plan = found.graphs["sketched"].plan
+            for proxy in plan.proxies:
+                weight = found.inputs[proxy.index]
+                sizes[id(weight)] = math.prod(proxy.shape) * weight.element_size()
+                factors += sizes[id(weight)]
+                p = plan.projections[proxy.projection]
+                projections = max(projections, p.in_features * p.rank * p.dtype.itemsize)
+        return sum(sizes.values()), factors + projections
+
+
+# --- what runs eagerly ---------------------------------------------------------------------------
+
+
+def _faked(value: Any) -> Any:
+    """A deep copy with fake tensors in place of all tensors; "meta" becomes the CPU."""
+    memo: dict[int, Any] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        device = "cpu" if tensor.device.type == "meta" else tensor.device
+        empty = torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
+        )
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(empty, requires_grad=tensor.requires_grad)
+        return empty.requires_grad_(tensor.requires_grad)
+
+    for module in _torch.tree_leaves(value):
+        if isinstance(module, nn.Module):
+            for own in module.modules():
+                for tensor in filter(_is_tensor, _torch.tree_leaves(list(vars(own).values()))):
+                    if id(tensor) not in memo:
+                        memo[id(tensor)] = fake(tensor)
+        elif isinstance(module, Tensor):
+            memo[id(module)] = fake(module)
+    return copy.deepcopy(value, memo)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _scalar(output: Any, loss: Callable[[Any], Tensor] | None) -> Tensor:
+    if loss is not None:
+        return loss(output)
+    own = getattr(output, "loss", None)
+    if own is not None:
+        return own  # type: ignore[no-any-return]
+    first = next(t for t in _torch.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad)
+    return first.sum()
+
+
+def _memory_of_loss(output: Any, loss: Callable[[Any], Tensor] | None) -> tuple[Moment, ...]:
+    """Live memory of a loss that is computed outside of the model."""
+    output = _torch.tree_map(
+        lambda t: t.detach().requires_grad_(t.requires_grad) if _is_tensor(t) else t, output
+    )
+    leaves = [leaf for leaf in _torch.tree_leaves(output) if _is_tensor(leaf)]
+    with LiveMemory() as live:
+        scalar = _scalar(output, loss)
+        live.phase = "backward"
+        if scalar.grad_fn is not None:
+            scalar.backward()  # type: ignore[no-untyped-call]
+    here = _bytes(leaves)
+    return tuple(replace(moment, bytes=here + moment.bytes) for moment in live.moments)
+
+
+def _memory_of_eager(
+    model: nn.Module, args: Any, inputs: Any, loss: Callable[[Any], Tensor] | None
+) -> tuple[tuple[Moment, ...], int]:
+    """Live memory of a step without a compiler, and the bytes that autograd keeps."""
+    lasting = [*model.parameters(), *model.buffers(), *_torch.tree_leaves((args, inputs))]
+    lasting = [tensor for tensor in lasting if _is_tensor(tensor)]
+    free = {tensor.untyped_storage()._cdata for tensor in lasting}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in free:
+            saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with LiveMemory(lasting) as live:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            scalar = _scalar(model(*args, **inputs), loss)
+        live.phase = "backward"
+        scalar.backward()  # type: ignore[no-untyped-call]
+    for weight in model.parameters():
+        weight.grad = None
+    return tuple(live.moments), sum(saved.values())
+
+
+def _bytes(tensors: Iterable[Any]) -> int:
+    """Of their storages, each counted once."""
+    storages = {t.untyped_storage()._cdata: t for t in tensors if isinstance(t, Tensor)}
+    return sum(t.untyped_storage().nbytes() for t in storages.values())

@@ -1,0 +1,121 @@
+"""The graphs of one compilation, before and after, for a person to read."""
+
+import difflib
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import fx
+
+from compact_fx import _torch
+from compact_fx.passes.joint_graph import JointGraph
+from compact_fx.passes.partition import Partition, partition
+from compact_fx.passes.rewrite_weight_grads import rewrite_weight_grads
+from compact_fx.plan import Plan
+from compact_fx.projections import RANDOM_PROJECTION
+
+
+@dataclass(frozen=True)
+class CompactedGraphs:
+    """What a plan does to one joint graph; kept with `keep_graphs=True` only.
+
+    The graphs hold shapes and no data, and one `random_projection` node for each projection.
+    Each is a GraphModule: `graphs.forward.print_readable()`.
+
+    Attributes:
+        joint_before: as AOTAutograd made it; parameters have their own names.
+        plan: what was decided.
+    """
+
+    _joint: JointGraph
+    plan: Plan
+
+    @cached_property
+    def joint_before(self) -> fx.GraphModule:
+        """The joint graph as AOTAutograd made it."""
+        return self._joint.module
+
+    @cached_property
+    def joint_after(self) -> fx.GraphModule:
+        """The joint graph with the plan's sketches in it."""
+        joint = self._joint.with_keys(len(self.plan.projections))
+        rewrite_weight_grads(joint, self.plan)
+        return joint.module
+
+    @property
+    def forward(self) -> fx.GraphModule:
+        """The forward graph; its last outputs are kept for the backward."""
+        return self.cut.forward
+
+    @property
+    def backward(self) -> fx.GraphModule:
+        """The backward graph."""
+        return self.cut.backward
+
+    @cached_property
+    def cut(self) -> Partition:
+        """Both sides of the boundary, as planned."""
+        joint = self._joint.with_keys(len(self.plan.projections))
+        sketches = rewrite_weight_grads(joint, self.plan)
+        return partition(joint, recompute=self.plan.recompute, early=self.plan.early(sketches))
+
+    @cached_property
+    def cut_before(self) -> Partition:
+        """Both sides of the boundary, as torch.compile makes them without this project."""
+        return partition(self._joint.copy(), recompute=False)
+
+    def diff(self) -> str:
+        """Lines of the joint graph that the rewriting took out (-) and put in (+)."""
+        lines = difflib.unified_diff(
+            text_of(self.joint_before), text_of(self.joint_after), lineterm="", n=0
+        )
+        return "\n".join(line for line in lines if not line.startswith(("---", "+++", "@@")))
+
+
+def text_of(module: fx.GraphModule) -> list[str]:
+    """One line for each node: its shape, what makes it, and the line of the model it serves."""
+    lines = []
+    for node in module.graph.nodes:
+        arguments = ", ".join(
+            [*map(_argument, node.args), *(f"{k}={_argument(v)}" for k, v in node.kwargs.items())]
+        )
+        if node.op == "placeholder":
+            line = f"{node.name}: {_torch.type_of(node)}"
+        elif node.op == "output":
+            line = f"return {arguments}"
+        else:
+            call = f"{_torch.operator_name(node)}({arguments})"
+            line = f"{node.name}: {_torch.type_of(node)} = {call}"
+        source = _torch.source_line(node)
+        lines.append(f"{line}  # {source}" if source else line)
+    return lines
+
+
+def dot_of(module: fx.GraphModule) -> str:
+    """A graph in graphviz's language; sketches and projections stand out."""
+    lines = ["digraph {", "node [shape=box, style=filled, fillcolor=white, fontname=monospace];"]
+    for node in module.graph.nodes:
+        label = f"{node.name}\\n{_torch.operator_name(node)} {_torch.type_of(node)}"
+        color = "orange" if node.target is RANDOM_PROJECTION else _COLORS.get(node.op, "white")
+        lines.append(f'"{node.name}" [label="{label}", fillcolor={color}];')
+        lines += [f'"{source.name}" -> "{node.name}";' for source in node.all_input_nodes]
+    return "\n".join([*lines, "}"])
+
+
+_COLORS = {"placeholder": "lightblue", "output": "lightgray"}
+
+
+def _argument(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_argument, value)) + "]"
+    return re.sub(r"^torch\.", "", str(value))
+
+
+def named(joint: JointGraph) -> JointGraph:
+    """A copy whose parameters have their own names: `layers_0_mlp_up_proj_weight`."""
+    joint = joint.copy()
+    for index, node in joint.weight_inputs().items():
+        name = re.sub(r"\W", "_", joint.weights[index])
+        _torch.rename(node, name)
+    joint.module.recompile()
+    return joint

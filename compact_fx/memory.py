@@ -1,0 +1,237 @@
+"""How many bytes are alive at each operator of a training step, predicted from its graphs."""
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+from torch.utils.weak import WeakIdKeyDictionary
+
+from compact_fx import _torch
+from compact_fx.passes.joint_graph import JointGraph
+from compact_fx.passes.partition import Partition, bytes_of, is_tensor, storage_of
+
+Phase = Literal["forward", "backward", "optimizer"]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is alive while one operator runs.
+
+    Attributes:
+        operator: `mm.default`; "" for the state before the first.
+        bytes: of everything but what lasts for the whole run (weights, states, inputs).
+    """
+
+    phase: Phase
+    operator: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class GraphMemory:
+    """One compiled graph, as far as memory goes.
+
+    Attributes:
+        forward, backward: live bytes at each operator, without what is there for the whole step.
+        saved: bytes that cross from one to the other.
+        gradients: bytes that are left when the backward is over.
+    """
+
+    forward: tuple[Moment, ...]
+    backward: tuple[Moment, ...]
+    saved: int
+
+    @property
+    def gradients(self) -> int:
+        return self.backward[-1].bytes
+
+
+def graph_memory(cut: Partition, joint: JointGraph) -> GraphMemory:
+    """Follow the memory of both graphs of a partition, operator by operator.
+
+    Inductor writes a pointwise result to memory only where a kernel that cannot compute it on the
+    fly reads it. That is modelled here: values that only fused kernels read take no memory, and
+    what they are computed from stays alive until the last of these kernels.
+
+    Args:
+        cut: the partition.
+        joint: what it is of; its inputs are there for the whole step.
+    """
+    inputs = joint.module.graph.find_nodes(op="placeholder")
+    lasting = {storage_of(n) for n in inputs if is_tensor(n) and "tangents" not in str(n.target)}
+    results = {storage_of(node) for node in cut.results if is_tensor(node)}
+    forward = _moments(cut.forward, "forward", lasting, kept=results | cut.storages)
+    gradients = filter(is_tensor, cut.backward.graph.output_node().all_input_nodes)
+    kept = {storage_of(node) for node in gradients}
+    backward = _moments(cut.backward, "backward", lasting, kept)
+    return GraphMemory(tuple(forward), tuple(backward), cut.bytes)
+
+
+def step_timeline(graphs: Sequence[GraphMemory], between: Sequence[Moment] = ()) -> list[Moment]:
+    """The forward passes of all graphs in order, then their backward passes in reverse.
+
+    between: what runs between the two: the loss, if it is not part of a graph.
+    """
+    moments: list[Moment] = []
+    base = 0
+    for graph in graphs:
+        moments += _above(base, graph.forward)
+        base += graph.saved
+    moments += _above(base, between)
+    for graph in reversed(graphs):
+        base -= graph.saved
+        moments += _above(base, graph.backward)
+        base += graph.gradients
+    return moments
+
+
+def _above(base: int, moments: Iterable[Moment]) -> list[Moment]:
+    return [Moment(moment.phase, moment.operator, base + moment.bytes) for moment in moments]
+
+
+class LiveMemory(_torch.DispatchMode):
+    """Records the live bytes at each operator that is run eagerly under it, fake tensors too.
+
+    Attributes:
+        moments: so far; `phase` is that of the next.
+    """
+
+    def __init__(self, lasting: Iterable[Tensor] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.phase: Phase = "forward"
+        self.moments: list[Moment] = []
+        self._live = 0
+        self._known = WeakIdKeyDictionary()
+        for tensor in lasting:
+            self._known[tensor.untyped_storage()] = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in _torch.tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._track(leaf.untyped_storage())
+        self.moments.append(Moment(self.phase, str(func).split(".", 1)[1], self._live))
+        return result
+
+    def _track(self, storage: Any) -> None:
+        if storage not in self._known:
+            size = storage.nbytes()
+            self._known[storage] = size
+            self._live += size
+            weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self._live -= size
+
+
+def _moments(
+    module: fx.GraphModule, phase: Phase, static: set[int], kept: set[int]
+) -> Iterator[Moment]:
+    """Live bytes at each operator that writes memory."""
+    steps, sizes = _kernels(module)
+    last = {storage: i for i, step in enumerate(steps) for storage in step.reads}
+    live = {
+        storage_of(node): bytes_of(node)
+        for node in module.graph.find_nodes(op="placeholder")
+        if is_tensor(node)
+    }
+    live = {storage: size for storage, size in live.items() if storage not in static}
+    yield Moment(phase, "", sum(live.values()))
+    now = sum(live.values())
+    for i, step in enumerate(steps):
+        dying = [s for s in step.reads if last[s] == i and s in live and s not in kept]
+        written = [s for s in step.writes if s not in live and s not in static]
+        if step.fused:  # writes its result over an input that nothing reads later
+            now -= sum(live.pop(storage) for storage in dying)
+        for storage in written:
+            live[storage] = sizes[storage]
+        now += sum(sizes[storage] for storage in written)
+        yield Moment(phase, step.operator, now)
+        gone = [] if step.fused else dying
+        gone += [s for s in written if s not in last and s not in kept]
+        now -= sum(live.pop(storage) for storage in gone)
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """An operator that writes memory, with everything that is fused into it."""
+
+    operator: str
+    reads: frozenset[int]
+    writes: frozenset[int]
+    fused: bool
+
+
+# Inductor computes a value with more than one reader on the fly only up to so many buffers.
+_MOST_READS = 4
+
+
+def _kernels(module: fx.GraphModule) -> tuple[list[_Kernel], dict[int, int]]:
+    """The operators that write memory, in order, and the bytes of every storage."""
+    returned = {storage_of(n) for n in module.graph.output_node().all_input_nodes if is_tensor(n)}
+    readers = _readers(module.graph)
+    sizes: dict[int, int] = {}
+    on_the_fly: dict[int, frozenset[int]] = {}  # what to read to compute a value that is not stored
+    passed_on: dict[fx.Node, frozenset[int]] = {}  # the same for tuples and numbers
+    kernels: list[_Kernel] = []
+
+    def needed(node: fx.Node) -> frozenset[int]:
+        if not is_tensor(node):
+            return passed_on.get(node, frozenset())
+        storage = storage_of(node)
+        return on_the_fly.get(storage, frozenset([storage]))
+
+    for node in module.graph.nodes:
+        reads = frozenset[int]().union(*map(needed, node.all_input_nodes))
+        if not is_tensor(node):
+            passed_on[node] = reads
+            continue
+        storage = storage_of(node)
+        if storage in sizes or storage in on_the_fly:  # a view, or written in place
+            continue
+        users = readers.get(storage, [])
+        fused = node.op == "call_function" and _is_fused(node)
+        inlined = fused and storage not in returned and all(map(_reads_on_the_fly, users))
+        if inlined and (len(users) < 2 or len(reads) <= _MOST_READS):
+            on_the_fly[storage] = reads
+            continue
+        sizes[storage] = bytes_of(node)
+        if node.op != "placeholder":
+            kernels.append(_Kernel(_torch.operator_name(node), reads, frozenset([storage]), fused))
+    kernels.append(_Kernel("return", frozenset(returned), frozenset(), False))
+    return kernels, sizes
+
+
+def _readers(graph: fx.Graph) -> dict[int, list[fx.Node]]:
+    """By storage: the nodes that read it and are no views of it."""
+    readers: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        for source in filter(is_tensor, node.all_input_nodes):
+            if not (is_tensor(node) and storage_of(node) == storage_of(source)):
+                readers.setdefault(storage_of(source), []).append(node)
+    return readers
+
+
+_MADE_ON_THE_FLY = {"iota", "full", "arange", "scalar_tensor", "convert_element_type", "where"}
+_MADE_ON_THE_FLY |= {"full_like", "clone", "_to_copy", "index", "gather", "embedding", "fma"}
+_REDUCTIONS = {"sum", "mean", "amax", "amin", "prod", "any", "all", "var", "var_mean", "argmax"}
+_SCATTERS = {"index_put", "scatter", "scatter_add", "_unsafe_masked_index_put_accumulate"}
+_SCATTERS |= {"_unsafe_index_put", "constant_pad_nd", "slice_scatter", "select_scatter", "copy_"}
+
+
+def _is_fused(node: fx.Node) -> bool:
+    """Whether Inductor can compute one element of the result wherever it is read."""
+    tags = getattr(node.target, "tags", ())
+    name = _torch.operator_name(node).split(".")[0]
+    return torch.Tag.pointwise in tags or name in _MADE_ON_THE_FLY
+
+
+def _reads_on_the_fly(node: fx.Node) -> bool:
+    """Whether the operator's kernel can compute what it reads."""
+    name = _torch.operator_name(node).split(".")[0]
+    return _is_fused(node) or name in _REDUCTIONS or name in _SCATTERS

@@ -1,0 +1,150 @@
+"""Pictures of memory; needs matplotlib (extra `plots`)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compact_fx.memory import Moment
+from compact_fx.plan import SAVED_KINDS, Plan
+from compact_fx.report import bytes_of_kind
+
+if TYPE_CHECKING:
+    from compact_fx.explain import Breakdown
+
+COLORS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")
+
+
+def _matplotlib() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'compact_fx[plots]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    _matplotlib().close(figure)
+    return path
+
+
+def _bars(rows: Mapping[str, Mapping[str, float]], title: str, path: str | Path) -> Path:
+    """One stacked bar for each row; parts in bytes."""
+    figure, axes = _matplotlib().subplots(figsize=(8, 0.9 + 0.55 * len(rows)))
+    parts = list(dict.fromkeys(part for row in rows.values() for part in row))
+    most = max((sum(row.values()) for row in rows.values()), default=0) or 1
+    unit, name = (1e9, "GB") if most >= 1e9 else (1e6, "MB")
+    left = dict.fromkeys(rows, 0.0)
+    for part, color in zip(parts, COLORS, strict=False):
+        widths = [row.get(part, 0) / unit for row in rows.values()]
+        axes.barh(list(rows), widths, left=list(left.values()), label=part, color=color)
+        for row, width in zip(rows, widths, strict=True):
+            if width * unit > 0.06 * most:
+                axes.text(
+                    left[row] + width / 2, row, f"{width:.3g}", ha="center", va="center", color="w"
+                )
+            left[row] += width
+    for row, end in left.items():
+        axes.text(end + 0.01 * most / unit, row, f"{end:.3g}", va="center", weight="bold")
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.12 * most / unit)
+    axes.set_xlabel(name)
+    axes.set_title(title, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(ncols=3, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.35))
+    return _save(figure, path)
+
+
+def crossing(plans: Sequence[Plan], path: str | Path) -> Path:
+    """What all graphs keep for backward, before and after, per kind of tensor."""
+    rows = {
+        "torch.compile": [saved for plan in plans for saved in plan.saved_before],
+        "compact": [saved for plan in plans for saved in plan.saved_after],
+    }
+    kinds = [k for k in SAVED_KINDS if any(bytes_of_kind(saved, k) for saved in rows.values())]
+    parts = {
+        row: {str(kind): bytes_of_kind(saved, kind) for kind in kinds}
+        for row, saved in rows.items()
+    }
+    return _bars(parts, "kept for the backward pass", path)
+
+
+def breakdown(memory: "Mapping[str, Breakdown]", path: str | Path) -> Path:
+    """Weights, gradients, optimizer states and saved activations of each variant."""
+    names = ("weights", "gradients", "optimizer", "saved")
+    labels = ("weights", "gradients", "optimizer states", "saved activations")
+    rows = {
+        variant: {label: getattr(row, name) for name, label in zip(names, labels, strict=True)}
+        for variant, row in memory.items()
+    }
+    return _bars(rows, "memory of one training step", path)
+
+
+def timeline(moments: Mapping[str, Sequence[Moment]], path: str | Path) -> Path:
+    """Live memory over one step: one line for each run, forward and backward side by side.
+
+    Args:
+        moments: by the name of a run, such as `explanation.memory[...].timeline`, or what
+            `from_snapshot` reads from CUDA's memory history.
+        path: of the picture.
+    """
+    figure, axes = _matplotlib().subplots(figsize=(9, 4))
+    for (name, run), color in zip(moments.items(), COLORS, strict=False):
+        x = list(_positions(run))
+        y = [moment.bytes / 1e9 for moment in run]
+        peak = max(range(len(y)), key=y.__getitem__)
+        axes.plot(x, y, label=f"{name}: peak {y[peak]:.2f} GB", color=color, linewidth=1.4)
+        axes.plot(x[peak], y[peak], "o", color=color, markersize=4)
+    axes.axvline(1, color="0.7", linewidth=0.8)
+    axes.set_xlim(0, 2.02)
+    axes.set_ylim(bottom=0)
+    axes.set_xticks([0.5, 1.5], ["forward", "backward"])
+    axes.tick_params(axis="x", length=0)
+    axes.set_ylabel("GB alive")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower center", ncols=2, bbox_to_anchor=(0.5, -0.32))
+    return _save(figure, path)
+
+
+def _positions(run: Sequence[Moment]) -> Sequence[float]:
+    """Forward on 0 to 1, what follows on 1 to 2: runs of different lengths lie side by side."""
+    forward = sum(moment.phase == "forward" for moment in run)
+    rest = max(len(run) - forward, 1)
+    before = [i / max(forward, 1) for i in range(forward)]
+    return before + [1 + i / rest for i in range(len(run) - forward)]
+
+
+def from_snapshot(snapshot: Mapping[str, Any], *, device: int = 0) -> list[Moment]:
+    """Live bytes over time from `torch.cuda.memory._snapshot()`, its peak between the phases.
+
+    Record with `torch.cuda.memory._record_memory_history()` around one step.
+
+    Raises:
+        ValueError: the snapshot has no history of this device.
+    """
+    traces = snapshot.get("device_traces", [])
+    if device >= len(traces) or not traces[device]:
+        raise ValueError(
+            f"the snapshot has no memory history of device {device}: call "
+            "torch.cuda.memory._record_memory_history() before the step"
+        )
+    now, sizes = 0, []
+    for event in traces[device]:
+        if event["action"] == "alloc":
+            now += event["size"]
+        elif event["action"] in ("free_completed", "free"):
+            now -= event["size"] if event["action"] == "free_completed" else 0
+        else:
+            continue
+        sizes.append(now)
+    below = min(0, *sizes)  # what was there before the history began is freed in it
+    peak = max(range(len(sizes)), key=sizes.__getitem__)
+    return [
+        Moment("forward" if i < peak else "backward", "", size - below)
+        for i, size in enumerate(sizes)
+    ]
