@@ -20,7 +20,7 @@ from tabulate import tabulate
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compact_fx import CompactAdamW, compact_backend
-from compact_fx.explain import COMPILED, DENSE, SKETCHED, VARIANTS, explain
+from compact_fx.explanation import COMPILED, DENSE, SKETCHED, VARIANTS, explain
 
 # hidden, MLP, layers, heads, batch, sequence; vocabulary 32000
 SHAPES = {

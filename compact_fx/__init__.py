@@ -3,16 +3,23 @@
 from compact_fx.backend import CompactBackend, compact_backend
 from compact_fx.config import CompactConfig
 from compact_fx.errors import CannotCompact
+from compact_fx.explanation import Breakdown, Explanation, explain
+from compact_fx.graphs import CompactedGraphs
 from compact_fx.optimizers import CompactAdamW, compact_optimizer
 from compact_fx.plan import Plan, Saved, Site
 from compact_fx.projections import Projection, random_projection
+from compact_fx.report import CompactionReport
 from compact_fx.sketched_grad import SketchedGrad
 
 __all__ = [
+    "Breakdown",
     "CannotCompact",
     "CompactAdamW",
     "CompactBackend",
     "CompactConfig",
+    "CompactedGraphs",
+    "CompactionReport",
+    "Explanation",
     "Plan",
     "Projection",
     "Saved",
@@ -20,5 +27,6 @@ __all__ = [
     "SketchedGrad",
     "compact_backend",
     "compact_optimizer",
+    "explain",
     "random_projection",
 ]

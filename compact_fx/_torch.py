@@ -160,10 +160,11 @@ def type_of(node: fx.Node) -> str:
     return str(value)
 
 
-def rename(placeholder: fx.Node, name: str) -> None:
-    """Another name for an input, with a number where it is taken."""
-    placeholder._rename(name)
-    placeholder.target = placeholder.name
+def rename(node: fx.Node, name: str) -> None:
+    """Another name for a node, with a number where it is taken."""
+    node._rename(name)
+    if node.op == "placeholder":
+        node.target = node.name
 
 
 def graph_breaks() -> dict[str, int]:
@@ -178,6 +179,16 @@ def trace_artifact(name: str, encoding: str, content: Callable[[], str]) -> None
         metadata_fn=lambda: {"name": name, "encoding": encoding},
         payload_fn=content,
     )
+
+
+def is_recomputed(node: fx.Node) -> bool:
+    """Whether `mark_recomputed` was called for this node."""
+    return node.meta.get("recompute") is CheckpointPolicy.MUST_RECOMPUTE
+
+
+def mark_saved(node: fx.Node) -> None:
+    """Save this node, even if it could be recomputed."""
+    node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 def fake_mode_of(value: object) -> contextlib.AbstractContextManager[Any]:
@@ -300,12 +311,14 @@ def compile_graph(
     options: Mapping[str, Any],
     partition: Partitioner | None = None,
     cache_id: str = "",
+    decompose: bool = True,
 ) -> CompiledFunction:
     """Compile Dynamo's graph, which this takes over.
 
     partition: called with (joint graph, num_fwd_outputs, static input indices) in place of
         torch's own, after Inductor's passes over the joint graph.
     cache_id: stands for the partition in the keys of Inductor's and AOTAutograd's caches.
+    decompose: break operators up as Inductor wants them; without, only for `inner="aot_eager"`.
     """
     partitioner = None if partition is None else _Partitioner(partition, cache_id)
     if inner == "inductor":
@@ -330,7 +343,7 @@ def compile_graph(
         fw_compiler=run_as_is,  # type: ignore[arg-type]
         bw_compiler=run_as_is,  # type: ignore[arg-type]
         partition_fn=partitioner or min_cut_rematerialization_partition,
-        decompositions=select_decomp_table(),
+        decompositions=select_decomp_table() if decompose else {},
         keep_inference_input_mutations=True,
     )
 

@@ -222,8 +222,10 @@ class GraphCompiler:
         """What torch.compile does without this project."""
         return self._compile(_torch.copy_graph_module(self._module), self._example_inputs)
 
-    def visit(self, visitor: Callable[[JointGraph], T]) -> T | None:
+    def visit(self, visitor: Callable[[JointGraph], T], *, like_eager: bool = False) -> T | None:
         """What the visitor makes of the joint graph; None for a graph without a backward pass.
+
+        like_eager: of the operators that eager autograd sees, and cut as it would.
 
         Raises:
             CannotCompact: the visitor failed.
@@ -234,11 +236,13 @@ class GraphCompiler:
             module: fx.GraphModule, num_fwd_outputs: int, static_inputs: Sequence[int]
         ) -> tuple[fx.GraphModule, fx.GraphModule]:
             with _failures_are_cannot_compact():
-                results.append(visitor(self._joint(module, num_fwd_outputs, static_inputs)))
+                joint = self._joint(module, num_fwd_outputs, static_inputs)
+                results.append(visitor(replace(joint, like_eager=like_eager)))
             raise _Analysed
 
         with contextlib.suppress(_Analysed), _torch.cold_joint_graph():
-            self._compile(_torch.copy_graph_module(self._module), self._example_inputs, partition)
+            module = _torch.copy_graph_module(self._module)
+            self._compile(module, self._example_inputs, partition, like_eager=like_eager)
         return results[0] if results else None
 
     def analyse(self) -> Analysis | None:
@@ -287,11 +291,13 @@ class GraphCompiler:
         example_inputs: list[Tensor],
         partition: _torch.Partitioner | None = None,
         plan: Plan | None = None,
+        like_eager: bool = False,
     ) -> Callable[..., Any]:
         return _torch.compile_graph(
             module,
             example_inputs,
-            inner=self._config.inner,
+            inner="aot_eager" if like_eager else self._config.inner,
+            decompose=not like_eager,
             options=self._options,
             partition=partition,
             cache_id=_cache_id(self._config, plan),

@@ -112,10 +112,14 @@ def _argument(value: object) -> str:
 
 
 def named(joint: JointGraph) -> JointGraph:
-    """A copy whose parameters have their own names: `layers_0_mlp_up_proj_weight`."""
+    """A copy whose parameters, and their gradients, have the parameters' own names."""
     joint = joint.copy()
+    gradients = joint.gradients()
     for index, node in joint.weight_inputs().items():
         name = re.sub(r"\W", "_", joint.weights[index])
         _torch.rename(node, name)
+        gradient = gradients.get(index)
+        if gradient is not None:
+            _torch.rename(gradient, f"grad_{name}")
     joint.module.recompile()
     return joint

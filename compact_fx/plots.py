@@ -9,7 +9,7 @@ from compact_fx.plan import SAVED_KINDS, Plan
 from compact_fx.report import bytes_of_kind
 
 if TYPE_CHECKING:
-    from compact_fx.explain import Breakdown
+    from compact_fx.explanation import Breakdown
 
 COLORS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")
 
@@ -33,30 +33,41 @@ def _save(figure: Any, path: str | Path) -> Path:
     return path
 
 
-def _bars(rows: Mapping[str, Mapping[str, float]], title: str, path: str | Path) -> Path:
-    """One stacked bar for each row; parts in bytes."""
-    figure, axes = _matplotlib().subplots(figsize=(8, 0.9 + 0.55 * len(rows)))
+def _bars(
+    rows: Mapping[str, Mapping[str, float]],
+    title: str,
+    path: str | Path,
+    peaks: Sequence[float] = (),
+) -> Path:
+    """One stacked bar for each row, and a mark at its peak; everything in bytes."""
+    size = (8, 1.4 + 0.5 * len(rows))
+    figure, axes = _matplotlib().subplots(figsize=size, layout="constrained")
     parts = list(dict.fromkeys(part for row in rows.values() for part in row))
-    most = max((sum(row.values()) for row in rows.values()), default=0) or 1
+    most = max(*(sum(row.values()) for row in rows.values()), *peaks, 1)
     unit, name = (1e9, "GB") if most >= 1e9 else (1e6, "MB")
     left = dict.fromkeys(rows, 0.0)
     for part, color in zip(parts, COLORS, strict=False):
         widths = [row.get(part, 0) / unit for row in rows.values()]
         axes.barh(list(rows), widths, left=list(left.values()), label=part, color=color)
         for row, width in zip(rows, widths, strict=True):
-            if width * unit > 0.06 * most:
+            if width * unit > 0.07 * most:
                 axes.text(
-                    left[row] + width / 2, row, f"{width:.3g}", ha="center", va="center", color="w"
+                    left[row] + width / 2, row, f"{width:.2g}", ha="center", va="center", color="w"
                 )
             left[row] += width
-    for row, end in left.items():
+    for row, end in left.items() if not peaks else ():
         axes.text(end + 0.01 * most / unit, row, f"{end:.3g}", va="center", weight="bold")
+    if peaks:
+        marks = [peak / unit for peak in peaks]
+        axes.plot(marks, list(rows), "k|", markersize=18, markeredgewidth=2, label="peak")
+        for row, mark in zip(rows, marks, strict=True):
+            axes.text(mark + 0.01 * most / unit, row, f"{mark:.3g}", va="center", weight="bold")
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12 * most / unit)
     axes.set_xlabel(name)
     axes.set_title(title, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(ncols=3, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.35))
+    figure.legend(ncols=len(parts) + bool(peaks), frameon=False, loc="outside lower center")
     return _save(figure, path)
 
 
@@ -82,7 +93,7 @@ def breakdown(memory: "Mapping[str, Breakdown]", path: str | Path) -> Path:
         variant: {label: getattr(row, name) for name, label in zip(names, labels, strict=True)}
         for variant, row in memory.items()
     }
-    return _bars(rows, "memory of one training step", path)
+    return _bars(rows, "memory of one training step", path, [row.peak for row in memory.values()])
 
 
 def timeline(moments: Mapping[str, Sequence[Moment]], path: str | Path) -> Path:
@@ -93,7 +104,7 @@ def timeline(moments: Mapping[str, Sequence[Moment]], path: str | Path) -> Path:
             `from_snapshot` reads from CUDA's memory history.
         path: of the picture.
     """
-    figure, axes = _matplotlib().subplots(figsize=(9, 4))
+    figure, axes = _matplotlib().subplots(figsize=(9, 4.4), layout="constrained")
     for (name, run), color in zip(moments.items(), COLORS, strict=False):
         x = list(_positions(run))
         y = [moment.bytes / 1e9 for moment in run]
@@ -107,7 +118,7 @@ def timeline(moments: Mapping[str, Sequence[Moment]], path: str | Path) -> Path:
     axes.tick_params(axis="x", length=0)
     axes.set_ylabel("GB alive")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower center", ncols=2, bbox_to_anchor=(0.5, -0.32))
+    figure.legend(frameon=False, loc="outside lower center", ncols=2)
     return _save(figure, path)
 
 

@@ -23,6 +23,7 @@ class JointGraph:
         weights: input index → qualified name, of the parameters.
         key_inputs: input indices of the projections' keys, in the plan's order.
         proxy_inputs: input indices of the plan's proxies; empty while the plan is being made.
+        like_eager: cut it as eager autograd would, which recomputes nothing; to compare with.
     """
 
     module: fx.GraphModule
@@ -31,6 +32,7 @@ class JointGraph:
     weights: Mapping[int, str]
     key_inputs: tuple[int, ...] = ()
     proxy_inputs: tuple[int, ...] = ()
+    like_eager: bool = False
 
     def copy(self) -> "JointGraph":
         """The same with a graph of its own; nodes keep their names."""

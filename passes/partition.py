@@ -63,6 +63,8 @@ def partition(joint: JointGraph, *, recompute: bool, early: Sequence[fx.Node] = 
 
     Contract: both graphs together compute what the joint graph does.
     """
+    if joint.like_eager:
+        _keep_what_backward_reads(joint)
     forward, backward = _torch.min_cut(
         joint.module,
         joint.num_fwd_outputs,
@@ -82,6 +84,16 @@ def partition(joint: JointGraph, *, recompute: bool, early: Sequence[fx.Node] = 
             saved.setdefault(storage_of(node), _describe(node, received.get(node.name, node)))
     results = tuple(n for n in outputs[: joint.num_fwd_outputs] if isinstance(n, fx.Node))
     return Partition(forward, backward, results, saved)
+
+
+def _keep_what_backward_reads(joint: JointGraph) -> None:
+    """Mark each tensor of the forward that an operator of the backward reads: autograd keeps it."""
+    backward = joint.backward_nodes()
+    backward |= {node for node in joint.module.graph.nodes if _torch.is_recomputed(node)}
+    lasting = joint.static_placeholders()
+    for node in joint.module.graph.nodes:
+        if is_tensor(node) and node not in backward | lasting and backward & set(node.users):
+            _torch.mark_saved(node)
 
 
 def is_tensor(node: fx.Node) -> bool:

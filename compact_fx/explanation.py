@@ -71,13 +71,23 @@ class Explanation:
         return self.table() + "\n\n" + str(self.report)
 
     def table(self, tablefmt: str = "simple") -> str:
-        """The breakdown of each variant in GB (10⁹ bytes)."""
+        """The breakdown of each variant in GB (10⁹ bytes), or in MB where all is small."""
         names = ["weights", "gradients", "optimizer", "saved", "other", "peak"]
+        small = max(row.peak for row in self.memory.values()) < 1e9
+        unit, name_of_unit = (1e6, "MB") if small else (1e9, "GB")
         rows = [
-            [variant, *(f"{getattr(row, name) / 1e9:.2f}" for name in names)]
+            [variant, *(f"{getattr(row, name) / unit:.2f}" for name in names)]
             for variant, row in self.memory.items()
         ]
-        headers = ["GB", "weights", "gradients", "optimizer", "saved", "other at peak", "peak"]
+        headers = [
+            name_of_unit,
+            "weights",
+            "gradients",
+            "optimizer",
+            "saved",
+            "other at peak",
+            "peak",
+        ]
         return tabulate(rows, headers, tablefmt, disable_numparse=True)
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,6 +120,7 @@ def explain(
     *args: Any,
     optimizer: str = "adamw",
     loss: Callable[[Any], Tensor] | None = None,
+    like_eager: bool = False,
     **kwargs: Any,
 ) -> Explanation:
     """What a backend with these settings would do to a model, and what a step would take.
@@ -122,6 +133,8 @@ def explain(
         optimizer: "adamw", "adam", "sgd" or "momentum".
         loss: makes a scalar of the model's output. By default `output.loss` if there is one,
             otherwise the sum of the first tensor in it.
+        like_eager: cut graphs as eager autograd would, in place of torch.compile's choice, which
+            recomputes much; to see the paper's picture (its Table 6, with `recompute=False`).
         kwargs: fields of `CompactConfig`, such as `rank=0.25`; all others go to the model.
 
     Raises:
@@ -135,7 +148,7 @@ def explain(
     inputs = {k: v for k, v in kwargs.items() if k not in names}
     with _torch.fake_mode():
         model, args, inputs = _faked((model, args, inputs))
-        analyser = _Analyser(config)
+        analyser = _Analyser(config, like_eager)
         output = torch.compile(model, backend=analyser, dynamic=False)(*args, **inputs)
         outside = _memory_of_loss(output, loss)
         eager, saved = _memory_of_eager(model, args, inputs, loss)
@@ -188,15 +201,18 @@ class _Found:
 class _Analyser:
     """A backend that analyses graphs and runs them as they are."""
 
-    def __init__(self, config: CompactConfig) -> None:
+    def __init__(self, config: CompactConfig, like_eager: bool) -> None:
         self._config = config
+        self._like_eager = like_eager
         self._options = _torch.inductor_options(config.mode, config.options)
         self.found: list[_Found] = []
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         compiler = GraphCompiler(self._config, self._options, module, inputs)
         if compiler.trains():
-            found = compiler.visit(lambda joint: self._analyse(joint, inputs))
+            found = compiler.visit(
+                lambda joint: self._analyse(joint, inputs), like_eager=self._like_eager
+            )
             self.found += [found] if found is not None else []
         return module.forward
 
