@@ -167,6 +167,11 @@ def rename(node: fx.Node, name: str) -> None:
         node.target = node.name
 
 
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass in this thread."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
 def graph_breaks() -> dict[str, int]:
     """Reason → how often Dynamo broke a graph for it, in this process."""
     return dict(counters["graph_break"])

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from compact_fx import _torch
 from compact_fx.plan import Plan
 from compact_fx.projections import fold_in
 
@@ -59,6 +60,8 @@ class KeySchedule:
 
     def keys(self, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The keys for this step, given for each projection a weight that uses it."""
+        if self._keys and _torch.in_backward():
+            return self._keys  # a checkpoint recomputes: it needs the keys of its forward
         generations = tuple(steps_of(weight) // self._update_interval for weight in weights)
         if generations != self._generations:
             device = weights[0].device

@@ -114,6 +114,10 @@ class SketchedGrad(Tensor):
         assert self.factor is not None
         return self.basis.expand(self.factor)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Saved as a plain dense tensor, which `torch.load` takes with `weights_only=True`."""
+        return self.to_dense().__reduce_ex__(protocol)
+
     def __repr__(self) -> str:  # type: ignore[override]
         rank = self.basis.projection.rank
         state = f"rank={rank}" if self.factor is not None else "dense"

@@ -200,7 +200,6 @@ def test_late_backward_delivers_in_the_old_basis(both):
     assert is_sketched(compare(run, update_interval=1)[0].weight.grad) is not both
 
 
-@pytest.mark.xfail(strict=True, reason="recomputed in the new basis, delivered in the old one")
 def test_late_backward_of_a_checkpoint():
     """The recomputation must not draw another projection than the gradient is delivered in."""
 
