@@ -11,7 +11,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -20,50 +19,60 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")  # 
 
 import torch
 from tabulate import tabulate
-from transformers import LlamaConfig, LlamaModel
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from compact_fx import CompactAdamW, CompactBackend, compact_backend
 
-
-def dense(**settings: Any) -> tuple[Any, type[torch.optim.Optimizer]]:
-    """A compact backend with torch's own optimizer."""
-    return compact_backend(strict=True, **settings), torch.optim.AdamW
-
-
-def sketched(**settings: Any) -> tuple[Any, type[torch.optim.Optimizer]]:
-    """A compact backend whose gradients and moments stay sketched."""
-    return compact_backend(strict=True, gradients="sketched", **settings), CompactAdamW
-
-
-VARIANTS: dict[str, Callable[[], tuple[Any, type[torch.optim.Optimizer]]]] = {
-    "eager": lambda: (None, torch.optim.AdamW),
-    "torch.compile": lambda: ("inductor", torch.optim.AdamW),
-    "compact n/4": lambda: dense(rank=0.25),
-    "compact n/8": lambda: dense(rank=0.125),
-    "compact n/4, recompute=False": lambda: dense(rank=0.25, recompute=False),
-    "compact n/4, orthogonal": lambda: dense(rank=0.25, projection="orthogonal"),
-    "compact n/4, sketched gradients": lambda: sketched(rank=0.25),
-    "compact n/8, sketched gradients": lambda: sketched(rank=0.125),
+# What each variant compiles with: settings of the compact backend, a backend's name, or nothing.
+VARIANTS: dict[str, dict[str, Any] | str | None] = {
+    "eager": None,
+    "torch.compile": "inductor",
+    "compact n/4": {"rank": 0.25},
+    "compact n/8": {"rank": 0.125},
+    "compact n/4, recompute=False": {"rank": 0.25, "recompute": False},
+    "compact n/4, orthogonal": {"rank": 0.25, "projection": "orthogonal"},
+    "compact n/4, sketched gradients": {"rank": 0.25, "gradients": "sketched"},
+    "compact n/8, sketched gradients": {"rank": 0.125, "gradients": "sketched"},
 }
 
 
 COLUMNS = ("ms", "ms_ratio", "peak_gb", "peak_ratio", "kept_gb", "optimizer_ms")
 
 
-def build(args: argparse.Namespace) -> LlamaModel:
-    """Blocks of LLaMA-1B in bf16, without embedding and head."""
+def build(shape: dict[str, int], device: str) -> nn.Module:
+    """A LLaMA in bf16; without a vocabulary only its blocks."""
     config = LlamaConfig(
-        hidden_size=args.hidden,
-        intermediate_size=args.mlp,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden // 128,
-        vocab_size=8,
-        max_position_embeddings=args.seq,
+        hidden_size=shape["hidden"],
+        intermediate_size=shape["mlp"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["hidden"] // 128,
+        vocab_size=shape["vocabulary"] or 8,
+        max_position_embeddings=shape["seq"],
         use_cache=False,
         attn_implementation="sdpa",
     )
     torch.manual_seed(0)
-    return LlamaModel(config).to(args.device, torch.bfloat16)
+    with torch.device(device):
+        model = LlamaForCausalLM(config) if shape["vocabulary"] else LlamaModel(config)
+    return model.to(torch.bfloat16)
+
+
+def inputs_of(shape: dict[str, int], device: str) -> dict[str, Tensor]:
+    """A batch: token ids and labels, or what the blocks get from an embedding."""
+    size = (shape["batch"], shape["seq"])
+    if shape["vocabulary"]:
+        tokens = torch.zeros(size, dtype=torch.int64, device=device)
+        return {"input_ids": tokens, "labels": tokens}
+    kind = {"dtype": torch.bfloat16, "device": device}
+    return {"inputs_embeds": torch.empty(*size, shape["hidden"], **kind).normal_()}
+
+
+def loss_of(output: Any, target: Tensor | None) -> Tensor:
+    """Cross entropy of a language model; a distance for blocks."""
+    if target is None:
+        return output.loss
+    return nn.functional.mse_loss(output.last_hidden_state.float(), target.float())
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -71,23 +80,29 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
-    model = build(args)
-    backend, optimizer_class = VARIANTS[name]()
+    shape = shape_of(args)
+    model = build(shape, "cuda")
+    settings = VARIANTS[name]
+    backend = settings
+    if isinstance(settings, dict):
+        backend = compact_backend(strict=True, **settings)
     if backend is not None:
         model.compile(backend=backend)
-    weights = [w for n, w in model.named_parameters() if "embed_tokens" not in n]
-    optimizer = optimizer_class(weights, lr=1e-4, fused=True)  # type: ignore[call-arg]
-    x = torch.randn(args.batch, args.seq, args.hidden, device=args.device, dtype=torch.bfloat16)
-    target = torch.randn_like(x)
+    sketched = isinstance(settings, dict) and settings.get("gradients") == "sketched"
+    optimizer_class = CompactAdamW if sketched else torch.optim.AdamW
+    optimizer = optimizer_class(model.parameters(), lr=1e-4, fused=True)  # type: ignore[call-arg]
+    inputs = inputs_of(shape, "cuda")
+    target = None if args.vocabulary else torch.randn_like(inputs["inputs_embeds"])
 
     def step() -> tuple[float, int, float]:
         optimizer.zero_grad()
         torch.cuda.synchronize()
         before, start = torch.cuda.memory_allocated(), time.perf_counter()
-        output = model(inputs_embeds=x).last_hidden_state
+        output = model(**inputs)
         kept = torch.cuda.memory_allocated() - before
-        torch.nn.functional.mse_loss(output.float(), target.float()).backward()
+        loss = loss_of(output, target)
         del output
+        loss.backward()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         events[0].record()
         optimizer.step()
@@ -116,6 +131,12 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
+def shape_of(args: argparse.Namespace) -> dict[str, int]:
+    """What the results are of."""
+    names = ("layers", "hidden", "mlp", "vocabulary", "batch", "seq")
+    return {name: getattr(args, name) for name in names}
+
+
 def main() -> None:
     """Measure every variant in one process and print them as one table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -123,6 +144,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--mlp", type=int, default=5632)
+    parser.add_argument("--vocabulary", type=int, default=0, help="0: blocks without a head")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=20)
@@ -131,7 +153,6 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this benchmark needs a CUDA GPU")
-    args.device = "cuda"
 
     rows: list[dict[str, Any]] = []
     for name in args.variants:
@@ -141,13 +162,13 @@ def main() -> None:
             rows.append({"step": name, "error": "out of memory"})
         shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}
         print(shown, flush=True)
-        write(rows, args.out)
+        write(rows, shape_of(args), args.out)
     table = [[row["step"], *(row.get(column) for column in COLUMNS)] for row in rows]
     headers = ["step", "ms", "/ compile", "peak GB", "/ compile", "kept GB", "optimizer ms"]
     print(tabulate(table, headers=headers, floatfmt=".3g", tablefmt="github"))
 
 
-def write(rows: list[dict[str, Any]], path: Path) -> None:
+def write(rows: list[dict[str, Any]], shape: dict[str, int], path: Path) -> None:
     """Ratios to torch.compile, and everything so far as JSON."""
     base = next((row for row in rows if row["step"] == "torch.compile" and "ms" in row), None)
     for row in rows:
@@ -160,6 +181,7 @@ def write(rows: list[dict[str, Any]], path: Path) -> None:
         "torch": torch.__version__,
         "date": date.today().isoformat(),
         "command": " ".join(["python", *sys.argv]),
+        "shape": shape,
         "rows": rows,
     }
     path.write_text(json.dumps(record, indent=1) + "\n")

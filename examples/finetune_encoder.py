@@ -411,8 +411,8 @@ def main() -> None:
     results = []
     for name in args.run:
         results.append(train(name, folder, len(classes), texts, args))
-        gc.collect()
         torch._dynamo.reset()
+        gc.collect()
     file = args.out / "finetune.json"
     write_json(results, args, file)
 

@@ -194,7 +194,7 @@ def bytes_saved_for_backward(model: nn.Module, forward: Callable[[], Tensor]) ->
     def pack(saved: Tensor) -> Tensor:
         storage = saved.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
-        return saved
+        return saved.detach()  # an output kept by its own node would keep the graph for good
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
         loss = forward()
@@ -354,8 +354,8 @@ def main() -> None:
     results = []
     for name in args.backend:
         results.append(train(name, config, text, args))
-        gc.collect()
         torch._dynamo.reset()
+        gc.collect()
     model = f"LLaMA {Path(args.config).stem}, {args.batch} x {args.seq} bytes a step, {args.dtype}"
     plot(results, f"{model}, {args.device.type}, rank {args.rank}", args.out / "loss.png")
     write_json(results, args, args.out / "results.json")
