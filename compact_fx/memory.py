@@ -146,13 +146,14 @@ def _moments(
     for i, step in enumerate(steps):
         dying = [s for s in step.reads if last[s] == i and s in live and s not in kept]
         written = [s for s in step.writes if s not in live and s not in static]
-        if step.fused:  # writes its result over an input that nothing reads later
+        overwrites = step.fused and len(step.writes) == 1
+        if overwrites:  # its result takes the place of an input that nothing reads later
             now -= sum(live.pop(storage) for storage in dying)
         for storage in written:
             live[storage] = sizes[storage]
         now += sum(sizes[storage] for storage in written)
         yield Moment(phase, step.operator, now)
-        gone = [] if step.fused else dying
+        gone = [] if overwrites else dying
         gone += [s for s in written if s not in last and s not in kept]
         now -= sum(live.pop(storage) for storage in gone)
 
@@ -204,7 +205,84 @@ def _kernels(module: fx.GraphModule) -> tuple[list[_Kernel], dict[int, int]]:
         if node.op != "placeholder":
             kernels.append(_Kernel(_torch.operator_name(node), reads, frozenset([storage]), fused))
     kernels.append(_Kernel("return", frozenset(returned), frozenset(), False))
-    return kernels, sizes
+    return _fused_side_by_side(kernels, sizes), sizes
+
+
+# How far Inductor's scheduler looks for kernels to fuse, in kernels; most pairs are close.
+_WINDOW = 64
+
+
+def _fused_side_by_side(kernels: list[_Kernel], sizes: dict[int, int]) -> list[_Kernel]:
+    """Make one kernel of pointwise ones that read the same tensor and do not need each other.
+
+    Inductor does so to read the tensor once. All results are then there at the same time, and
+    before the first would have been needed.
+    """
+    writer = {storage: i for i, kernel in enumerate(kernels) for storage in kernel.writes}
+    group = list(range(len(kernels)))  # of each kernel: the last one that is fused with it
+    members = {i: [i] for i in group}
+
+    def needs(later: int, earlier: int) -> bool:
+        """Whether a group depends on another one."""
+        seen, pending = {later}, [later]
+        while pending:
+            for member in members[pending.pop()]:
+                for storage in kernels[member].reads & writer.keys():
+                    source = group[writer[storage]]
+                    if source == earlier:
+                        return True
+                    if source not in seen and source > members[earlier][0]:
+                        seen.add(source)
+                        pending.append(source)
+        return False
+
+    readers: dict[int, list[int]] = {}
+    for j, kernel in enumerate(kernels):
+        if not kernel.fused:
+            continue
+        size = {sizes[storage] for storage in kernel.writes}
+        for i in dict.fromkeys(i for storage in kernel.reads for i in readers.get(storage, ())):
+            alike = {sizes[storage] for storage in kernels[i].writes} == size
+            if alike and j - i <= _WINDOW and group[i] != j and not needs(j, group[i]):
+                moved = members.pop(group[i])
+                members[j] = sorted(moved + members[j])
+                for member in moved:
+                    group[member] = j
+        for storage in kernel.reads:
+            readers.setdefault(storage, []).append(j)
+    return [_together([kernels[i] for i in members[g]]) for g in _sorted(kernels, members, group)]
+
+
+def _together(kernels: list[_Kernel]) -> _Kernel:
+    reads = frozenset[int]().union(*(kernel.reads for kernel in kernels))
+    writes = frozenset[int]().union(*(kernel.writes for kernel in kernels))
+    return _Kernel(kernels[-1].operator, reads - writes, writes, kernels[-1].fused)
+
+
+def _sorted(
+    kernels: list[_Kernel], members: dict[int, list[int]], group: list[int]
+) -> Iterator[int]:
+    """Groups in the order of their last kernels, each behind those that it needs."""
+    writer = {storage: i for i, kernel in enumerate(kernels) for storage in kernel.writes}
+    done: set[int] = set()
+    for first in sorted(members):
+        pending, entered = [first], {first}
+        while pending:
+            current = pending[-1]
+            sources = {
+                group[writer[storage]]
+                for member in members[current]
+                for storage in kernels[member].reads & writer.keys()
+            }
+            missing = sorted(sources - done - entered, reverse=True)  # once: groups may form a ring
+            if current in done or not missing:
+                pending.pop()
+                if current not in done:
+                    done.add(current)
+                    yield current
+            else:
+                pending += missing
+                entered.update(missing)
 
 
 def _readers(graph: fx.Graph) -> dict[int, list[fx.Node]]:
