@@ -264,25 +264,22 @@ def _sorted(
 ) -> Iterator[int]:
     """Groups in the order of their last kernels, each behind those that it needs."""
     writer = {storage: i for i, kernel in enumerate(kernels) for storage in kernel.writes}
+    opened: set[int] = set()
     done: set[int] = set()
     for first in sorted(members):
-        pending, entered = [first], {first}
+        pending = [first]
         while pending:
             current = pending[-1]
-            sources = {
-                group[writer[storage]]
-                for member in members[current]
-                for storage in kernels[member].reads & writer.keys()
-            }
-            missing = sorted(sources - done - entered, reverse=True)  # once: groups may form a ring
-            if current in done or not missing:
+            if current in opened:  # what it needs is done, or part of a ring of groups
                 pending.pop()
                 if current not in done:
                     done.add(current)
                     yield current
-            else:
-                pending += missing
-                entered.update(missing)
+                continue
+            opened.add(current)
+            reads = frozenset[int]().union(*(kernels[i].reads for i in members[current]))
+            sources = {group[writer[storage]] for storage in reads & writer.keys()}
+            pending += sorted(sources - opened, reverse=True)
 
 
 def _readers(graph: fx.Graph) -> dict[int, list[fx.Node]]:

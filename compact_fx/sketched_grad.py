@@ -116,7 +116,7 @@ class SketchedGrad(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Saved as a plain dense tensor, which `torch.load` takes with `weights_only=True`."""
-        return self.to_dense().__reduce_ex__(protocol)
+        return self.to_dense().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:  # type: ignore[override]
         rank = self.basis.projection.rank
