@@ -62,7 +62,7 @@ def inputs_of(shape: dict[str, int], device: str) -> dict[str, Tensor]:
     """A batch: token ids and labels, or what the blocks get from an embedding."""
     size = (shape["batch"], shape["seq"])
     if shape["vocabulary"]:
-        tokens = torch.zeros(size, dtype=torch.int64, device=device)
+        tokens = torch.randint(shape["vocabulary"], size, device=device)
         return {"input_ids": tokens, "labels": tokens}
     kind = {"dtype": torch.bfloat16, "device": device}
     return {"inputs_embeds": torch.empty(*size, shape["hidden"], **kind).normal_()}

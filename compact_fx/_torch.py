@@ -8,7 +8,7 @@ import copy
 import operator
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -102,6 +102,15 @@ def gradient_index(desc: object) -> int | None:
     if isinstance(desc, GradAOTOutput) and isinstance(desc.grad_of, PlainAOTInput):
         return int(desc.grad_of.idx)
     return None
+
+
+def add_gradient_outputs(graph: fx.Graph, indices: Iterable[int]) -> None:
+    """One more output for the gradient of each of these inputs of Dynamo's graph: None so far."""
+    output = graph.output_node()
+    indices = list(indices)
+    output.args = ([*output.args[0], *(None for _ in indices)],)  # type: ignore[misc]
+    added = [GradAOTOutput(grad_of=PlainAOTInput(idx=index)) for index in indices]
+    output.meta["desc"] = [*output.meta["desc"], *added]
 
 
 def is_mutation(desc: object) -> bool:

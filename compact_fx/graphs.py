@@ -38,7 +38,7 @@ class CompactedGraphs:
     @cached_property
     def joint_after(self) -> fx.GraphModule:
         """The joint graph with the plan's sketches in it."""
-        joint = self._joint.with_keys(len(self.plan.projections))
+        joint = self._joint.with_keys(len(self.plan.projections), self.plan.proxies)
         rewrite_weight_grads(joint, self.plan)
         return joint.module
 
@@ -55,7 +55,7 @@ class CompactedGraphs:
     @cached_property
     def cut(self) -> Partition:
         """Both sides of the boundary, as planned."""
-        joint = self._joint.with_keys(len(self.plan.projections))
+        joint = self._joint.with_keys(len(self.plan.projections), self.plan.proxies)
         sketches = rewrite_weight_grads(joint, self.plan)
         return partition(joint, recompute=self.plan.recompute, early=self.plan.early(sketches))
 

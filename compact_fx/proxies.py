@@ -40,22 +40,28 @@ class ProxyInputs:
     def __init__(self, plan: Plan, schedule: KeySchedule) -> None:
         self._plan = plan
         self._schedule = schedule
+        self._bases: list[Basis] = []
+        self._values: list[int] | None = None  # the keys that the bases are of
 
     def proxies(self, arguments: Sequence[Any]) -> list[Tensor]:
         """One proxy for each weight whose gradient stays sketched, for the keys of this call."""
-        if self._plan.proxies:
+        proxies = self._plan.proxies
+        if proxies:
             refuse_distributed()
-        return [
-            proxy_of(
-                arguments[proxy.index],
-                proxy,
+        values = self._schedule.values
+        if self._values is not values:
+            self._values = values
+            self._bases = [
                 Basis(
                     projection=self._plan.projections[proxy.projection],
-                    key=self._schedule.values[proxy.projection],
+                    key=values[proxy.projection],
                     in_dim=proxy.in_dim,
-                ),
-            )
-            for proxy in self._plan.proxies
+                )
+                for proxy in proxies
+            ]
+        return [
+            proxy_of(arguments[proxy.index], proxy, basis)
+            for proxy, basis in zip(proxies, self._bases, strict=True)
         ]
 
 

@@ -1,6 +1,7 @@
 """When projections change: each weight counts the optimizer steps that it has seen."""
 
 import functools
+import weakref
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from compact_fx.plan import Plan
 from compact_fx.projections import fold_in
 
 _steps: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
+_changes = 0  # how often any of these numbers has changed
 
 
 @functools.cache
@@ -22,6 +24,8 @@ def _count_optimizer_steps() -> None:
 
 
 def _on_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    global _changes
+    _changes += 1
     for group in optimizer.param_groups:
         for weight in group["params"]:
             if weight in _steps:
@@ -36,8 +40,15 @@ def steps_of(weight: Tensor) -> int:
 
 def set_steps(weight: Tensor, steps: int) -> None:
     """Resume: the weight has seen this many optimizer steps."""
+    global _changes
+    _changes += 1
     _count_optimizer_steps()
     _steps[weight] = steps
+
+
+def are_alive(references: Sequence["weakref.ref[Tensor]"], tensors: Sequence[Tensor]) -> bool:
+    """Whether the references are to these very tensors."""
+    return all(reference() is tensor for reference, tensor in zip(references, tensors, strict=True))
 
 
 class KeySchedule:
@@ -54,6 +65,7 @@ class KeySchedule:
         self._salts = tuple(projection.salt for projection in plan.projections)
         self._seed = seed
         self._update_interval = update_interval
+        self._seen: tuple[int, list[weakref.ref[Tensor]]] = (-1, [])
         self._generations: tuple[int, ...] | None = None
         self._keys: tuple[Tensor, ...] = ()
         self.values: list[int] = []
@@ -62,6 +74,9 @@ class KeySchedule:
         """The keys for this step, given for each projection a weight that uses it."""
         if self._keys and _torch.in_backward():
             return self._keys  # a checkpoint recomputes: it needs the keys of its forward
+        if self._seen[0] == _changes and are_alive(self._seen[1], weights):
+            return self._keys
+        self._seen = (_changes, [weakref.ref(weight) for weight in weights])
         generations = tuple(steps_of(weight) // self._update_interval for weight in weights)
         if generations != self._generations:
             device = weights[0].device

@@ -10,6 +10,7 @@ from torch import fx
 
 from compact_fx import _torch
 from compact_fx.errors import CannotCompact
+from compact_fx.plan import Proxy
 
 
 @dataclass(frozen=True)
@@ -39,20 +40,28 @@ class JointGraph:
         graph = copy.deepcopy(self.module.graph)
         return replace(self, module=fx.GraphModule(self.module, graph))
 
-    def with_keys(self, count: int) -> "JointGraph":
-        """A copy with inputs for the keys of `count` projections, as the compiled graph has."""
+    def with_keys(self, count: int, proxies: Sequence[Proxy] = ()) -> "JointGraph":
+        """A copy with inputs for `count` projections and for proxies, as the compiled graph has."""
         duplicate = self.copy()
-        graph = duplicate.module.graph
-        inputs = duplicate.inputs()
+        graph, inputs = duplicate.module.graph, duplicate.inputs()
+        weights = duplicate.weight_inputs()
         first = max(inputs) + 1
         last = inputs[max(inputs)]
-        weight = next(iter(duplicate.weight_inputs().values())).meta["val"]
-        for index in range(first, first + count):
+        like = next(iter(weights.values())).meta["val"]
+        values = [like.new_empty((), dtype=torch.int64) for _ in range(count)]
+        values += [weights[p.index].meta["val"].new_empty(1).expand(p.shape) for p in proxies]
+        for index, value in enumerate(values, first):
             with graph.inserting_after(last):
-                last = graph.placeholder(f"key_{index}")
-            last.meta["val"] = weight.new_empty((), dtype=torch.int64)
+                last = graph.placeholder(f"compact_input_{index}")
+            last.meta["val"] = value
             _torch.set_input_index(last, index)
-        return replace(duplicate, key_inputs=tuple(range(first, first + count)))
+        end = first + len(values)
+        _torch.add_gradient_outputs(graph, range(first + count, end))
+        return replace(
+            duplicate,
+            key_inputs=tuple(range(first, first + count)),
+            proxy_inputs=tuple(range(first + count, end)),
+        )
 
     def inputs(self) -> dict[int, fx.Node]:
         """Placeholders by the input of Dynamo's graph that they are."""
@@ -111,6 +120,16 @@ class JointGraph:
             for position, node in enumerate(placeholders)
             if position in self.static_inputs or _torch.input_index(node) in lasting
         }
+
+    def lasting_inputs(self) -> list[int]:
+        """Positions of placeholders that are no activations: also those that this project adds."""
+        added = {*self.key_inputs, *self.proxy_inputs}
+        placeholders = self.module.graph.find_nodes(op="placeholder")
+        return [
+            position
+            for position, node in enumerate(placeholders)
+            if position in self.static_inputs or _torch.input_index(node) in added
+        ]
 
     def weight_inputs(self) -> dict[int, fx.Node]:
         """Placeholders of the parameters, by input index."""

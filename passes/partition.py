@@ -68,7 +68,7 @@ def partition(joint: JointGraph, *, recompute: bool, early: Sequence[fx.Node] = 
     forward, backward = _torch.min_cut(
         joint.module,
         joint.num_fwd_outputs,
-        joint.static_inputs,
+        joint.lasting_inputs(),
         recompute_matmul_inputs=recompute,
         in_forward=early,
     )
