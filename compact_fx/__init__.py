@@ -9,6 +9,7 @@ from compact_fx.optimizers import CompactAdamW, compact_optimizer
 from compact_fx.plan import Plan, Saved, Site
 from compact_fx.projections import Projection, random_projection
 from compact_fx.report import CompactionReport
+from compact_fx.schedule import set_steps
 from compact_fx.sketched_grad import SketchedGrad
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "compact_optimizer",
     "explain",
     "random_projection",
+    "set_steps",
 ]

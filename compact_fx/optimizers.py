@@ -299,7 +299,7 @@ class CompactOptimizer(torch.optim.Optimizer):
                 if isinstance(value, Tensor) and entry != "step":
                     device = "cpu" if entry == _BASIS else weight.device
                     self.state[weight][entry] = value.detach().to(device, copy=True)
-            set_steps(weight, _numbers(saved)["steps"])
+            set_steps([weight], _numbers(saved)["steps"])
 
 
 def _numbers(state: dict[str, Any]) -> dict[str, int]:

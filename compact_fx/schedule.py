@@ -2,7 +2,7 @@
 
 import functools
 import weakref
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -38,12 +38,26 @@ def steps_of(weight: Tensor) -> int:
     return _steps.setdefault(weight, 0)
 
 
-def set_steps(weight: Tensor, steps: int) -> None:
-    """Resume: the weight has seen this many optimizer steps."""
+def set_steps(weights: Iterable[Tensor], steps: int) -> None:
+    """Resume a run with dense gradients: the weights have seen this many optimizer steps.
+
+    Which projection a weight has depends on that number. `CompactAdamW` keeps it in its state;
+    other optimizers do not know of it, so say it after loading a checkpoint.
+
+    Args:
+        weights: such as `model.parameters()`.
+        steps: of the optimizer, ≥ 0.
+
+    Raises:
+        ValueError: steps below 0.
+    """
     global _changes
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"steps={steps!r} must be an int ≥ 0")
     _changes += 1
     _count_optimizer_steps()
-    _steps[weight] = steps
+    for weight in weights:
+        _steps[weight] = steps
 
 
 def are_alive(references: Sequence["weakref.ref[Tensor]"], tensors: Sequence[Tensor]) -> bool:
