@@ -141,19 +141,20 @@ def _moments(
         if is_tensor(node)
     }
     live = {storage: size for storage, size in live.items() if storage not in static}
+    given = frozenset(live)
     yield Moment(phase, "", sum(live.values()))
     now = sum(live.values())
     for i, step in enumerate(steps):
         dying = [s for s in step.reads if last[s] == i and s in live and s not in kept]
         written = [s for s in step.writes if s not in live and s not in static]
-        overwrites = step.fused and len(step.writes) == 1
-        if overwrites:  # its result takes the place of an input that nothing reads later
-            now -= sum(live.pop(storage) for storage in dying)
+        # One result takes the place of what nothing reads later, but not of the graph's inputs.
+        if step.fused and len(step.writes) == 1:
+            now -= sum(live.pop(storage) for storage in dying if storage not in given)
         for storage in written:
             live[storage] = sizes[storage]
         now += sum(sizes[storage] for storage in written)
         yield Moment(phase, step.operator, now)
-        gone = [] if overwrites else dying
+        gone = [s for s in dying if s in live]
         gone += [s for s in written if s not in last and s not in kept]
         now -= sum(live.pop(storage) for storage in gone)
 
