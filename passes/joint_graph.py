@@ -131,14 +131,33 @@ def insert(
     return node
 
 
-def is_transposition(node: fx.Node) -> bool:
-    """Whether the node swaps the two dimensions of a matrix."""
+def transposed(graph: fx.Graph, node: fx.Node, *, like: fx.Node) -> fx.Node:
+    """A new node that swaps the last two dimensions, of a matrix or of a batch of them."""
+    *batch, rows, columns = range(node.meta["val"].dim())
+    order = [*batch, columns, rows]
+    return insert(graph, torch.ops.aten.permute.default, (node, order), like=like, name="rows")
+
+
+def permutation(node: fx.Node) -> list[int] | None:
+    """For a node that only permutes dimensions: for each of its own, which of its input's."""
     aten = torch.ops.aten
+    order = list(range(node.meta["val"].dim()))
     if node.target is aten.permute.default:
-        return list(node.args[1]) == [1, 0]  # type: ignore[arg-type]
+        return [order[i] for i in node.args[1]]  # type: ignore[union-attr,index]
     if node.target is aten.transpose.int:
-        return node.meta["val"].dim() == 2 and {int(a) % 2 for a in node.args[1:3]} == {0, 1}  # type: ignore[arg-type]
-    return node.target is aten.t.default
+        i, j = node.args[1:3]
+        order[i], order[j] = order[j], order[i]  # type: ignore[index]
+        return order
+    return order[::-1] if node.target is aten.t.default else None
+
+
+def is_transposition(node: fx.Node) -> bool:
+    """Whether the node swaps the last two dimensions, of a matrix or of a batch of them."""
+    order = permutation(node)
+    if order is None or len(order) < 2:
+        return False
+    *batch, rows, columns = range(len(order))
+    return order == [*batch, columns, rows]
 
 
 def finish(module: fx.GraphModule) -> None:
