@@ -77,7 +77,7 @@ class Proxy:
 
     index: int
     projection: int
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     in_dim: int
 
 

@@ -193,17 +193,16 @@ def _proxy(grad: WeightGrad, sites: list[Site], joint: JointGraph) -> Proxy | st
         return grad.reason
     if len({site.projection for site in sites}) > 1:
         return "its uses are not sketched alike"
-    shape = list(joint.inputs()[grad.index].meta["val"].shape)
-    if len(shape) != 2 or sites[0].projection is None:
-        return "its weight is no matrix"
     in_dim, *others = (use.in_dim for use in grad.uses)
     if in_dim is None or any(other != in_dim for other in others):
         return "it is reshaped before it is used"
+    assert sites[0].projection is not None
+    shape = list(joint.inputs()[grad.index].meta["val"].shape)
     shape[in_dim] = sites[0].rank
     return Proxy(
         index=grad.index,
         projection=sites[0].projection,
-        shape=(shape[0], shape[1]),
+        shape=tuple(shape),
         in_dim=in_dim,
     )
 

@@ -75,13 +75,15 @@ class Use:
     def tokens(self) -> int | torch.SymInt:
         """Rows of x, of all experts together; may be symbolic."""
         *batch, _, tokens = self.matmul.args[0].meta["val"].shape  # type: ignore[union-attr]
-        return math.prod(batch, start=tokens)
+        total: int | torch.SymInt = math.prod(batch, start=tokens)
+        return total
 
     @property
     def experts(self) -> int | torch.SymInt:
         """How many matrices the product is: 1, or those that a batched or grouped matmul gives."""
         *batch, _, _ = self.matmul.meta["val"].shape
-        return math.prod(batch)
+        count: int | torch.SymInt = math.prod(batch)
+        return count
 
     @property
     def rank_multiple(self) -> int:

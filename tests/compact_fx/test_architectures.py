@@ -253,6 +253,7 @@ def assert_every_linear_is_sketched(model, plan):
         for module in model.modules()
         if isinstance(module, nn.Linear | Conv1D) and module.weight.shape[1] >= 32
     }
+    linear |= {id(weight) for name, weight in model.named_parameters() if ".experts." in name}
     sketched = {id(model.get_parameter(site.weight)) for site in plan.sketched}
     assert linear <= sketched
     for site in plan.sites:
@@ -305,10 +306,11 @@ def test_sketched_gradients_are_g_p_pt(name):
         assert isinstance(model.get_parameter(weight).grad, SketchedGrad)
         p = plan.projections[proxy.projection](backend.config.seed)
         g = exact[weight]
-        exact[weight] = (g @ p) @ p.T if proxy.in_dim == 1 else p @ (p.T @ g)
+        exact[weight] = (g @ p) @ p.T if proxy.in_dim == g.dim() - 1 else p @ (p.T @ g)
     # What is left is a tied embedding, or sketched in two ways.
     reasons = {own_name[site.index]: site.reason for site in plan.sketched}
-    assert all(reasons[weight] for weight in partly)
+    assert all(reasons[weight] for weight in partly), partly
+    assert not any("experts" in weight for weight in partly)
     for weight in partly:
         compact.pop(weight)
         exact.pop(weight)
