@@ -148,24 +148,25 @@ def _draft(joint: JointGraph, config: CompactConfig) -> Plan:
             sites.append(replace(part, use=len(grad.uses)))
 
     salts = _salts(sites, uses)
-    sketches: dict[tuple[fx.Node, Projection], int] = {}
+    sketches: dict[tuple[fx.Node, bool, Projection], int] = {}
     projections: dict[Projection, int] = {}
     owners: list[int] = []
     for position, site in enumerate(sites):
         if site.placement is None:
             continue
-        x = uses[site.index, site.use].activation
+        use = uses[site.index, site.use]
         projection = Projection(
             salt=salts[site.weight],
             in_features=site.in_features,
             rank=site.rank,
             kind=config.projection,
-            dtype=x.meta["val"].dtype,
+            dtype=use.activation.meta["val"].dtype,
         )
         if projection not in projections:
             projections[projection] = len(projections)
             owners.append(site.index)
-        sketch = sketches.setdefault((x, projection), len(sketches))
+        key = (use.activation, use.features_first, projection)
+        sketch = sketches.setdefault(key, len(sketches))
         sites[position] = replace(site, sketch=sketch, projection=projections[projection])
     proxies: dict[int, Proxy] = {}
     if config.gradients == "sketched":

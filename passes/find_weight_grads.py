@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import fx
 
-from compact_fx.passes.joint_graph import JointGraph, is_transposition, permutation
+from compact_fx.passes.joint_graph import PERMUTING, JointGraph, is_transposition, permutation
 from compact_fx.passes.split_grouped_backward import GROUPED_PRODUCT
 
 aten = torch.ops.aten
@@ -21,7 +21,6 @@ MATMULS = {
     GROUPED_PRODUCT,
 }
 # What may stand between a matmul and the gradient: relabels, rounds or adds, elementwise linear.
-_PERMUTING = {aten.permute.default, aten.transpose.int, aten.t.default}
 _RESHAPING = {
     aten.view.default,
     aten.squeeze.dim,
@@ -31,7 +30,7 @@ _RESHAPING = {
     aten._unsafe_view.default,
 }
 _TRANSPARENT = (
-    _PERMUTING
+    PERMUTING
     | _RESHAPING
     | {
         aten.clone.default,
@@ -70,6 +69,11 @@ class Use:
         if self.position == 0 and is_transposition(operand):
             return operand.args[0]  # type: ignore[return-value]
         return operand
+
+    @property
+    def features_first(self) -> bool:
+        """Whether `activation` is the transpose of x."""
+        return self.activation is self.matmul.args[0]
 
     @property
     def tokens(self) -> int | torch.SymInt:

@@ -82,7 +82,7 @@ def _sketch(
     # Behind the inputs even where x is one itself: the key is an input too.
     before = x if x.op != "placeholder" else graph.find_nodes(op="placeholder")[-1]
     with graph.inserting_before(before.next):
-        if x is use.matmul.args[0]:  # xᵀ that is no transposition of another node
+        if use.features_first:
             x = transposed(graph, x, like=x)
         args = (key, projection.in_features, projection.rank, projection.kind, projection.dtype)
         drawn = insert(graph, RANDOM_PROJECTION, args, like=x, name="projection")

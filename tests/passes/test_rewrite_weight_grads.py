@@ -15,6 +15,7 @@ from compact_fx.config import CompactConfig
 from compact_fx.errors import CannotCompact
 from compact_fx.passes.choose_sites import choose_sites
 from compact_fx.passes.find_weight_grads import find_weight_grads
+from compact_fx.passes.joint_graph import finish, is_transposition
 from compact_fx.passes.rewrite_weight_grads import rewrite_weight_grads
 from compact_fx.projections import RANDOM_PROJECTION, fold_in, random_projection
 
@@ -215,6 +216,31 @@ def test_the_mean_over_keys_is_the_gradient(rewritten, calls, values_of, evaluat
     # error / spread has mean 1 and varies like χ² with at least n = 64 degrees of freedom: its σ is
     # at most √(2/64) = 0.18, and 2.5 is 8 σ, a false alarm below 1e-7.
     assert error / spread < 2.5
+
+
+def test_a_square_activation_and_its_transpose_have_sketches_of_their_own(
+    joint_of, calls, values_of, evaluate
+):
+    """xᵀ is no node of its own where two transpositions in a row have been folded."""
+    module = calls(
+        lambda m, x: (x.sin().mT @ m.a).tanh() + F.linear(x.sin(), m.b).sin(),
+        a=nn.Parameter(torch.randn(64, 48)),
+        b=nn.Parameter(torch.randn(48, 64)),
+    )
+    joint = joint_of(module, batch(64, 64))
+    for node in joint.module.graph.nodes:
+        if is_transposition(node) and is_transposition(node.args[0]):
+            node.replace_all_uses_with(node.args[0].args[0])
+    finish(joint.module)
+    plan = choose_sites(joint, CompactConfig(rank=1.0, projection="orthogonal", place="late"))
+    left, right = (grad.uses[0] for grad in find_weight_grads(joint))
+    assert left.activation is right.activation
+    assert [use.features_first for use in (left, right)] == [True, False]
+    changed = joint.with_keys(len(plan.projections))
+    assert len(rewrite_weight_grads(changed, plan)) == 2
+    values = values_of(changed)
+    for a, b in zip(evaluate(joint.module, values), evaluate(changed.module, values), strict=True):
+        assert a is b is None or torch.allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------
