@@ -46,8 +46,9 @@ CompiledFunction = Callable[..., Any]
 # Dynamo's graph
 # ---------------------------------------------------------------------------------------------
 
-# L['self']._modules['layers']._modules['0']._parameters['weight'] -> layers.0.weight
-_SOURCE_PART = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
+# L['self']._modules['layers']._modules['0']._parameters['weight'] -> layers.0.weight; Dynamo also
+# writes .__dict__['_modules']['layers'].
+_SOURCE_PART = re.compile(r"_(?:modules|parameters|buffers)(?:'\])?\['([^']+)'\]")
 
 
 def qualified_name(placeholder: fx.Node) -> str:

@@ -25,6 +25,7 @@ from compact_fx.passes.expand_projections import expand_projections
 from compact_fx.passes.joint_graph import JointGraph
 from compact_fx.passes.partition import partition
 from compact_fx.passes.rewrite_weight_grads import rewrite_weight_grads
+from compact_fx.passes.split_grouped_backward import split_grouped_backward
 from compact_fx.plan import Plan
 from compact_fx.proxies import ProxyInputs, refuse_distributed
 from compact_fx.report import CompactionReport
@@ -306,9 +307,11 @@ class GraphCompiler:
     def _joint(
         self, module: fx.GraphModule, num_fwd_outputs: int, static_inputs: Sequence[int]
     ) -> JointGraph:
+        joint = JointGraph(module, num_fwd_outputs, tuple(static_inputs), self._weights)
+        split_grouped_backward(joint)
         module.graph.eliminate_dead_code()
         _torch.eliminate_common_subexpressions(module)
-        return JointGraph(module, num_fwd_outputs, tuple(static_inputs), self._weights)
+        return joint
 
     def _partition(
         self,

@@ -123,7 +123,7 @@ class CompactOptimizer(torch.optim.Optimizer):
             wanted = (gradient.basis, weight.dtype)
             if drawn is None or drawn[:2] != wanted:  # q, k and v come one after the other
                 drawn = (*wanted, gradient.basis.matrix(weight.device, weight.dtype))
-            self._update(weight, stand_in, gradient.basis.in_dim, drawn[2], group)
+            self._update(weight, stand_in, gradient.basis, drawn[2], group)
 
     def _fill(
         self,
@@ -184,7 +184,7 @@ class CompactOptimizer(torch.optim.Optimizer):
         self.state[weight] = {**state, _BASIS: torch.tensor(numbers, dtype=torch.int64)}
 
     def _update(
-        self, weight: Tensor, stand_in: Tensor, in_dim: int, p: Tensor, group: dict[str, Any]
+        self, weight: Tensor, stand_in: Tensor, basis: Basis, p: Tensor, group: dict[str, Any]
     ) -> None:
         keep = 1.0
         if group.get("weight_decay") and self._is_decoupled(group):
@@ -193,8 +193,12 @@ class CompactOptimizer(torch.optim.Optimizer):
             if found_inf is not None and found_inf.item():
                 keep = 1.0  # a fused step that the scaler skips
         update = stand_in.to(weight.dtype)
-        left, right = (update, p.T) if in_dim == 1 else (p, update)
-        weight.addmm_(left, right, beta=keep, alpha=group["scale"])
+        left, right = (update, p.T) if basis.is_last(weight) else (p, update)
+        if weight.dim() == 2:
+            weight.addmm_(left, right, beta=keep, alpha=group["scale"])
+        else:  # a batch of experts
+            left, right = (part.expand(len(weight), -1, -1) for part in (left, right))
+            weight.baddbmm_(left, right, beta=keep, alpha=group["scale"])
 
     def _is_decoupled(self, group: dict[str, Any]) -> bool:
         return bool(group.get("decoupled_weight_decay", self._decoupled))
@@ -249,7 +253,7 @@ class CompactOptimizer(torch.optim.Optimizer):
             moment = state.get(name)
             if moment is not None:
                 full = moment.float()
-                carried = full @ change if basis.in_dim == 1 else change.T @ full
+                carried = full @ change if basis.is_last(full) else change.T @ full
                 moment.copy_(carried)
 
     # --- stepping while backward runs ------------------------------------------------------------

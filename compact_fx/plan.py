@@ -86,7 +86,7 @@ class Proxy:
 
     index: int
     projection: int
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     in_dim: int
 
 

@@ -22,7 +22,8 @@ class Basis:
     Attributes:
         projection: everything about P but its key.
         key: 63-bit number, see `fold_in`.
-        in_dim: which dimension of the weight in_features is; the factor has the rank there.
+        in_dim: which of the weight's last two dimensions in_features is; the factor has the rank
+            there. All matrices of a batch, as of experts, share P.
     """
 
     projection: Projection
@@ -40,23 +41,27 @@ class Basis:
         result: Tensor = drawn.to(dtype)
         return result
 
+    def is_last(self, tensor: Tensor) -> bool:
+        """Whether in_features are the last dimension of a weight or factor."""
+        return self.in_dim == tensor.dim() - 1
+
     def expand(self, factor: Tensor) -> Tensor:
         """The dense matrix of a factor: factor Pᵀ, or P factor where in_features come first."""
         p = self.matrix(factor.device, factor.dtype)
         with torch.autocast(factor.device.type, enabled=False):
-            return factor @ p.T if self.in_dim == 1 else p @ factor
+            return factor @ p.T if self.is_last(factor) else p @ factor
 
     def compress(self, dense: Tensor) -> Tensor:
         """The factor of a dense matrix: dense P, or Pᵀ dense."""
         p = self.matrix(dense.device, dense.dtype)
         with torch.autocast(dense.device.type, enabled=False):
-            return dense @ p if self.in_dim == 1 else p.T @ dense
+            return dense @ p if self.is_last(dense) else p.T @ dense
 
-    def shape_of(self, factor: Tensor) -> tuple[int, int]:
+    def shape_of(self, factor: Tensor) -> tuple[int, ...]:
         """The dense shape."""
         shape = [*factor.shape]
         shape[self.in_dim] = self.projection.in_features
-        return shape[0], shape[1]
+        return tuple(shape)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -128,7 +133,7 @@ class SketchedGrad(Tensor):
         assert self.factor is not None
         dtype = torch.float64 if self.dtype is torch.float64 else torch.float32
         factor = self.factor.to(dtype)
-        factor = factor if self.basis.in_dim == 1 else factor.T
+        factor = factor if self.basis.is_last(factor) else factor.mT
         largest = factor.abs().amax()
         factor = factor / torch.where(largest.isfinite() & (largest > 0), largest, 1.0)
         p = self.basis.matrix(factor.device, dtype)

@@ -148,24 +148,25 @@ def _draft(joint: JointGraph, config: CompactConfig) -> Plan:
             sites.append(replace(part, use=len(grad.uses)))
 
     salts = _salts(sites, uses)
-    sketches: dict[tuple[fx.Node, Projection], int] = {}
+    sketches: dict[tuple[fx.Node, bool, Projection], int] = {}
     projections: dict[Projection, int] = {}
     owners: list[int] = []
     for position, site in enumerate(sites):
         if site.placement is None:
             continue
-        x = uses[site.index, site.use].activation
+        use = uses[site.index, site.use]
         projection = Projection(
             salt=salts[site.weight],
             in_features=site.in_features,
             rank=site.rank,
             kind=config.projection,
-            dtype=x.meta["val"].dtype,
+            dtype=use.activation.meta["val"].dtype,
         )
         if projection not in projections:
             projections[projection] = len(projections)
             owners.append(site.index)
-        sketch = sketches.setdefault((x, projection), len(sketches))
+        key = (use.activation, use.features_first, projection)
+        sketch = sketches.setdefault(key, len(sketches))
         sites[position] = replace(site, sketch=sketch, projection=projections[projection])
     proxies: dict[int, Proxy] = {}
     if config.gradients == "sketched":
@@ -196,14 +197,13 @@ def _proxy(grad: WeightGrad, sites: list[Site], joint: JointGraph) -> Proxy | st
     in_dim, *others = (use.in_dim for use in grad.uses)
     if in_dim is None or any(other != in_dim for other in others):
         return "it is reshaped before it is used"
+    assert sites[0].projection is not None
     shape = list(joint.inputs()[grad.index].meta["val"].shape)
-    if len(shape) != 2 or sites[0].projection is None:
-        return "it is not a matrix"
     shape[in_dim] = sites[0].rank
     return Proxy(
         index=grad.index,
         projection=sites[0].projection,
-        shape=(shape[0], shape[1]),
+        shape=tuple(shape),
         in_dim=in_dim,
     )
 
@@ -212,7 +212,7 @@ def _site(grad: WeightGrad, position: int, use: Use, config: CompactConfig) -> S
     """The site with its rank, or with the reason why it is left alone."""
     n, m = use.in_features, use.out_features
     bare = Site(weight=grad.name, index=grad.index, use=position)
-    if not (isinstance(n, int) and isinstance(m, int)):
+    if not (isinstance(n, int) and isinstance(m, int) and isinstance(use.experts, int)):
         return replace(bare, reason="its shape is symbolic")
     bare = replace(bare, in_features=n, out_features=m)
     rank = config.rank_of(grad.name)
@@ -226,6 +226,9 @@ def _site(grad: WeightGrad, position: int, use: Use, config: CompactConfig) -> S
         return replace(bare, reason=f"in_features {n} < min_features {config.min_features}")
     if (columns := resolve_rank(rank, n)) > n:
         return replace(bare, reason=f"rank {columns} > in_features {n}")
+    if columns % use.rank_multiple:
+        reason = f"rank {columns} is not a multiple of {use.rank_multiple} in a grouped matmul"
+        return replace(bare, reason=reason)
     if not use.activation.meta["val"].dtype.is_floating_point:
         return replace(bare, reason=f"its input is {use.activation.meta['val'].dtype}")
     return replace(bare, rank=columns, placement="late")
@@ -260,11 +263,12 @@ def _with_flops(
         if use is None:
             yield site
             continue
-        t, n, m, r = _torch.size_hint(use.tokens), site.in_features, site.out_features, site.rank
+        t, e = _torch.size_hint(use.tokens), _torch.size_hint(use.experts)
+        n, m, r = site.in_features, site.out_features, site.rank
         dense = sketched = 2 * t * n * m
         if site.placement is not None:
             sketched = 2 * t * n * r // shares[site.sketch] + 2 * t * r * m
-            sketched += 0 if site.index in proxies else 2 * n * r * m
+            sketched += 0 if site.index in proxies else 2 * e * n * r * m
         yield replace(site, flops_before=dense, flops_after=sketched)
 
 

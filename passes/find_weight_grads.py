@@ -1,5 +1,6 @@
 """Find the matmuls whose results only feed a parameter's gradient."""
 
+import math
 import operator
 from dataclasses import dataclass
 from typing import Literal
@@ -7,14 +8,20 @@ from typing import Literal
 import torch
 from torch import fx
 
-from compact_fx.passes.joint_graph import JointGraph, is_transposition
+from compact_fx.passes.joint_graph import PERMUTING, JointGraph, is_transposition, permutation
+from compact_fx.passes.split_grouped_backward import GROUPED_PRODUCT
 
 aten = torch.ops.aten
 
+# Products over tokens. All but the first give a batch of matrices, one for each expert.
+MATMULS = {
+    aten.mm.default,
+    aten.bmm.default,
+    aten._grouped_mm.default,  # (left, right, where each expert's tokens end)
+    GROUPED_PRODUCT,
+}
 # What may stand between a matmul and the gradient: relabels, rounds or adds, elementwise linear.
 _RESHAPING = {
-    aten.permute.default,
-    aten.transpose.int,
     aten.view.default,
     aten.squeeze.dim,
     aten.squeeze.dims,
@@ -22,13 +29,16 @@ _RESHAPING = {
     aten.reshape.default,
     aten._unsafe_view.default,
 }
-_TRANSPARENT = _RESHAPING | {
-    aten.t.default,
-    aten.clone.default,
-    aten._to_copy.default,
-    torch.ops.prims.convert_element_type.default,
-    aten.add.Tensor,
-}
+_TRANSPARENT = (
+    PERMUTING
+    | _RESHAPING
+    | {
+        aten.clone.default,
+        aten._to_copy.default,
+        torch.ops.prims.convert_element_type.default,
+        aten.add.Tensor,
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,8 @@ class Use:
     """One product of an activation and an incoming gradient that a weight's gradient consists of.
 
     Attributes:
-        matmul: the `aten.mm` node.
+        matmul: its node, see `MATMULS`; what follows its two operands says how experts share
+            the tokens.
         position: which operand is the activation: 1 in `dyᵀ·x` (`F.linear`), 0 in `xᵀ·dy`
             (GPT-2's Conv1D).
         in_dim: which dimension of the weight in_features is, None where the product is reshaped on
@@ -49,7 +60,10 @@ class Use:
 
     @property
     def activation(self) -> fx.Node:
-        """x: (tokens, in_features), or its transpose where the graph has no node for it."""
+        """x: (tokens, in_features), or its transpose where the graph has no node for it.
+
+        With one more dimension in front where each expert has tokens of its own.
+        """
         operand = self.matmul.args[self.position]
         assert isinstance(operand, fx.Node)
         if self.position == 0 and is_transposition(operand):
@@ -57,21 +71,41 @@ class Use:
         return operand
 
     @property
+    def features_first(self) -> bool:
+        """Whether `activation` is the transpose of x."""
+        return self.activation is self.matmul.args[0]
+
+    @property
     def tokens(self) -> int | torch.SymInt:
-        """Rows of x; may be symbolic."""
-        size: int | torch.SymInt = self.matmul.args[0].meta["val"].shape[1]  # type: ignore[union-attr]
-        return size
+        """Rows of x, of all experts together; may be symbolic."""
+        *batch, _, tokens = self.matmul.args[0].meta["val"].shape  # type: ignore[union-attr]
+        total: int | torch.SymInt = math.prod(batch, start=tokens)
+        return total
+
+    @property
+    def experts(self) -> int | torch.SymInt:
+        """How many matrices the product is: 1, or those that a batched or grouped matmul gives."""
+        *batch, _, _ = self.matmul.meta["val"].shape
+        count: int | torch.SymInt = math.prod(batch)
+        return count
+
+    @property
+    def rank_multiple(self) -> int:
+        """A sketch needs a multiple of this many columns: rows of 16 bytes in a grouped matmul."""
+        if self.matmul.target is not aten._grouped_mm.default:
+            return 1
+        return 16 // int(self.activation.meta["val"].element_size())
 
     @property
     def in_features(self) -> int | torch.SymInt:
         """Columns of x."""
-        size: int | torch.SymInt = self.matmul.meta["val"].shape[self.position]
+        size: int | torch.SymInt = self.matmul.meta["val"].shape[self.position - 2]
         return size
 
     @property
     def out_features(self) -> int | torch.SymInt:
         """Columns of dy."""
-        size: int | torch.SymInt = self.matmul.meta["val"].shape[1 - self.position]
+        size: int | torch.SymInt = self.matmul.meta["val"].shape[-1 - self.position]
         return size
 
 
@@ -141,14 +175,16 @@ class _Finder:
             return (), "its gradient is also returned elsewhere"
         uses: list[Use] = []
         reasons: list[str] = []
-        # Each node with its reader, and which of its dimensions is the weight's first.
-        pending: list[tuple[fx.Node, fx.Node, int | None]] = [(gradient, self._output, 0)]
+        # Each node with its reader, and which of the weight's dimensions its own are.
+        weight_dims: tuple[int, ...] = tuple(range(gradient.meta["val"].dim()))
+        pending: list[tuple[fx.Node, fx.Node, tuple[int, ...] | None]]
+        pending = [(gradient, self._output, weight_dims)]
         while pending:
-            node, reader, first = pending.pop()
+            node, reader, dims = pending.pop()
             if set(node.users) != {reader}:
                 reasons.append("its gradient is also used elsewhere")
-            elif node.target is aten.mm.default:
-                use = self._use(node, first)
+            elif node.target in MATMULS:
+                use = self._use(node, dims)
                 if use is None:
                     reasons.append("its gradient is a product of no activation")
                 else:
@@ -160,18 +196,18 @@ class _Finder:
                 elif len(set(terms)) < len(terms):
                     reasons.append("its gradient is doubled")
                 else:
-                    if is_transposition(node):
-                        first = None if first is None else 1 - first
-                    elif node.target in _RESHAPING:
-                        first = None
-                    pending += [(term, node, first) for term in terms]  # type: ignore[misc]
+                    dims = _dims_above(node, dims)
+                    pending += [(term, node, dims) for term in terms]  # type: ignore[misc]
             else:
                 reasons.append(f"its gradient is no matmul: {_operator(node)}")
         order = {use.matmul: use for use in uses}
         graph_order = [n for n in self._output.graph.nodes if n in order]
         return tuple(order[node] for node in graph_order), "; ".join(dict.fromkeys(reasons))
 
-    def _use(self, matmul: fx.Node, first: int | None) -> Use | None:
+    def _use(self, matmul: fx.Node, dims: tuple[int, ...] | None) -> Use | None:
+        left, right = (operand.meta["val"] for operand in matmul.args[:2])  # type: ignore[union-attr]
+        if matmul.kwargs or left.dim() != right.dim():
+            return None
         for position in (0, 1):
             activation, gradient = matmul.args[position], matmul.args[1 - position]
             if (
@@ -179,6 +215,15 @@ class _Finder:
                 and activation in self._activations
                 and gradient in self._backward
             ):
-                in_dim = None if first is None else int(position != first)
+                kept = dims is not None and dims[:-2] == tuple(range(len(dims) - 2))
+                in_dim = dims[position - 2] if dims is not None and kept else None
                 return Use(matmul, position, in_dim)  # type: ignore[arg-type]
         return None
+
+
+def _dims_above(node: fx.Node, dims: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """Which of the weight's dimensions those of a node's input are, None if that is not known."""
+    if dims is None or node.target in _RESHAPING:
+        return None
+    order = permutation(node)
+    return dims if order is None else tuple(dims[order.index(i)] for i in range(len(order)))

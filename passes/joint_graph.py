@@ -12,6 +12,8 @@ from compact_fx import _torch
 from compact_fx.errors import CannotCompact
 from compact_fx.plan import Proxy
 
+aten = torch.ops.aten
+
 
 @dataclass(frozen=True)
 class JointGraph:
@@ -90,7 +92,7 @@ class JointGraph:
     def mutates_inputs(self) -> bool:
         """Whether a parameter, buffer or other input has another value after the forward."""
         graph = self.module.graph
-        copies = graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
+        copies = graph.find_nodes(op="call_function", target=aten.copy_.default)
         return bool(copies) or any(map(_torch.is_mutation, _torch.output_descriptors(graph)))
 
     def backward_nodes(self) -> set[fx.Node]:
@@ -152,14 +154,37 @@ def insert(
     return node
 
 
-def is_transposition(node: fx.Node) -> bool:
-    """Whether the node swaps the two dimensions of a matrix."""
-    aten = torch.ops.aten
+def transposed(graph: fx.Graph, node: fx.Node, *, like: fx.Node) -> fx.Node:
+    """A new node that swaps the last two dimensions, of a matrix or of a batch of them."""
+    *batch, rows, columns = range(node.meta["val"].dim())
+    order = [*batch, columns, rows]
+    return insert(graph, aten.permute.default, (node, order), like=like, name="rows")
+
+
+PERMUTING = {aten.permute.default, aten.transpose.int, aten.t.default}
+
+
+def permutation(node: fx.Node) -> list[int] | None:
+    """For a node that only permutes dimensions: for each of its own, which of its input's."""
+    if node.target not in PERMUTING:
+        return None
+    order = list(range(node.meta["val"].dim()))
     if node.target is aten.permute.default:
-        return list(node.args[1]) == [1, 0]  # type: ignore[arg-type]
+        return [order[i] for i in node.args[1]]  # type: ignore[union-attr,index]
     if node.target is aten.transpose.int:
-        return node.meta["val"].dim() == 2 and {int(a) % 2 for a in node.args[1:3]} == {0, 1}  # type: ignore[arg-type]
-    return node.target is aten.t.default
+        i, j = node.args[1:3]
+        order[i], order[j] = order[j], order[i]  # type: ignore[index]
+        return order
+    return order[::-1]
+
+
+def is_transposition(node: fx.Node) -> bool:
+    """Whether the node swaps the last two dimensions, of a matrix or of a batch of them."""
+    order = permutation(node)
+    if order is None or len(order) < 2:
+        return False
+    *batch, rows, columns = range(len(order))
+    return order == [*batch, columns, rows]
 
 
 _RELABELLING = {

@@ -5,8 +5,8 @@ from torch import fx
 
 from compact_fx import _torch
 from compact_fx.errors import CannotCompact
-from compact_fx.passes.find_weight_grads import Use, find_weight_grads
-from compact_fx.passes.joint_graph import JointGraph, finish, insert
+from compact_fx.passes.find_weight_grads import MATMULS, Use, find_weight_grads
+from compact_fx.passes.joint_graph import JointGraph, finish, insert, transposed
 from compact_fx.plan import Plan, Proxy, Site
 from compact_fx.projections import RANDOM_PROJECTION
 
@@ -27,7 +27,8 @@ def rewrite_weight_grads(joint: JointGraph, plan: Plan) -> dict[int, fx.Node]:
         factor = aten.mm(dyᵀ, z)                              # (m, r)
         mm = aten.mm(factor, Pᵀ)                              # (m, n)
 
-    and `xᵀ dy` by `P (zᵀ dy)`. For a weight with a proxy the factor stays as it is: the weight's
+    and `xᵀ dy` by `P (zᵀ dy)`. A batched or grouped matmul stays one, of z instead of x, and all
+    of its experts share P. For a weight with a proxy the factor stays as it is: the weight's
     gradient becomes None and the proxy's the factor. Sites on one activation with one projection
     share P and z. P is marked to be drawn on each side, and the sketches in `plan.late` to be
     computed in the backward pass.
@@ -80,14 +81,12 @@ def _sketch(
     projection = plan.projections[site.projection]
     # Behind the inputs even where x is one itself: the key is an input too.
     before = x if x.op != "placeholder" else graph.find_nodes(op="placeholder")[-1]
-    with graph.inserting_after(before):
-        if x is use.matmul.args[0]:  # xᵀ that is no transposition of another node
-            before = x = insert(graph, aten.permute.default, (x, [1, 0]), like=x, name="rows")
-    with graph.inserting_after(before):
+    with graph.inserting_before(before.next):
+        if use.features_first:
+            x = transposed(graph, x, like=x)
         args = (key, projection.in_features, projection.rank, projection.kind, projection.dtype)
         drawn = insert(graph, RANDOM_PROJECTION, args, like=x, name="projection")
-    with graph.inserting_after(drawn):
-        sketch = insert(graph, aten.mm.default, (x, drawn), like=x, name="sketch")
+        sketch = _product(graph, x, drawn, like=x, name="sketch")
     # P is drawn again on each side: it is a function of its key, and saving it would cost memory.
     _torch.mark_recomputed(drawn)
     if site.sketch in plan.late:
@@ -99,24 +98,35 @@ def _replace(
     graph: fx.Graph, use: Use, drawn: fx.Node, sketch: fx.Node, proxy: Proxy | None
 ) -> None:
     old = use.matmul
-    gradient = old.args[1 - use.position]
+    operands = list(old.args)
     with graph.inserting_before(old):
-        if use.position == 1:
-            new = factor = insert(
-                graph, aten.mm.default, (gradient, sketch), like=old, name="factor"
-            )
-        else:
-            sketch_t = insert(graph, aten.permute.default, (sketch, [1, 0]), like=old, name="rows")
-            new = factor = insert(
-                graph, aten.mm.default, (sketch_t, gradient), like=old, name="factor"
-            )
+        operands[use.position] = (
+            sketch if use.position == 1 else transposed(graph, sketch, like=old)
+        )
+        new = factor = insert(graph, old.target, operands, like=old, name="factor")  # type: ignore[arg-type]
         if proxy is None and use.position == 1:
-            drawn_t = insert(graph, aten.permute.default, (drawn, [1, 0]), like=old, name="back")
-            new = insert(graph, aten.mm.default, (factor, drawn_t), like=old, name="weight_grad")
+            back = transposed(graph, drawn, like=old)
+            new = _product(graph, factor, back, like=old, name="weight_grad")
         elif proxy is None:
-            new = insert(graph, aten.mm.default, (drawn, factor), like=old, name="weight_grad")
+            new = _product(graph, drawn, factor, like=old, name="weight_grad")
     old.replace_all_uses_with(new)
     graph.erase_node(old)
+
+
+def _product(
+    graph: fx.Graph, left: fx.Node, right: fx.Node, *, like: fx.Node, name: str
+) -> fx.Node:
+    """left · right, at the insertion point; a matrix beside a batch is the same for all of it."""
+    batches = [node.meta["val"].shape[0] for node in (left, right) if node.meta["val"].dim() == 3]
+    if not batches:
+        return insert(graph, aten.mm.default, (left, right), like=like, name=name)
+    operands = []
+    for node in (left, right):
+        if node.meta["val"].dim() == 2:
+            node_and_shape = (node, [batches[0], *node.meta["val"].shape])
+            node = insert(graph, aten.expand.default, node_and_shape, like=like, name="shared")
+        operands.append(node)
+    return insert(graph, aten.bmm.default, operands, like=like, name=name)
 
 
 def _return_factors(joint: JointGraph, plan: Plan) -> None:
@@ -137,7 +147,7 @@ def _return_factors(joint: JointGraph, plan: Plan) -> None:
 
 def _update_values(node: fx.Node) -> None:
     """New fake values from the factors down to the gradient: the shape has changed."""
-    if node.target is aten.mm.default:
+    if node.target in MATMULS:
         return
     for source in node.all_input_nodes:
         _update_values(source)

@@ -74,7 +74,7 @@ def expected_gradients() -> Callable[..., Gradients]:
                 assert site.projection is not None
                 p = plan.projections[site.projection](backend.config.seed, generation)
                 g = exact[site.weight]
-                left = g.shape[0] == site.in_features and g.shape[1] == site.out_features
+                left = g.shape[-2:] == (site.in_features, site.out_features)
                 left = left and site.in_features != site.out_features
                 result[site.weight] = p @ (p.T @ g) if left else (g @ p) @ p.T
         return result

@@ -5,6 +5,7 @@ import ast
 import copy
 import io
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 import compact_fx.schedule
 from compact_fx import CompactAdamW, SketchedGrad, compact_backend, compact_optimizer
-from compact_fx.sketched_grad import ConsumedGrad
+from compact_fx.projections import Projection
+from compact_fx.sketched_grad import Basis, ConsumedGrad
 
 SIZES = ((64, 96), (96, 32), (32, 8))
 
@@ -499,3 +501,32 @@ def test_on_cuda(fused):
     freed = held - torch.cuda.memory_allocated()
     factors = 4 * n * n // 4 * 2
     assert 3 * factors <= freed <= 3 * factors + 2**20
+
+
+# ---------------------------------------------------------------------------------------------
+# Experts: a batch of matrices with one projection
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("refresh", ["keep", "project", "reset"])
+@pytest.mark.parametrize("last", [True, False])
+def test_a_batch_of_experts_is_stepped_matrix_by_matrix(refresh, last):
+    """Over a change of the projection, with weight decay: each expert as if it were alone."""
+    torch.manual_seed(0)
+    start = torch.randn(3, 6, 16) if last else torch.randn(3, 16, 6)
+    together = nn.Parameter(start.clone())
+    alone = [nn.Parameter(matrix.clone()) for matrix in start]
+    settings = {"lr": 1e-2, "weight_decay": 0.1, "scale": 0.5, "refresh": refresh}
+    optimizers = CompactAdamW([together], **settings), CompactAdamW(alone, **settings)
+    projection = Projection(salt=1, in_features=16, rank=4, kind="gaussian", dtype=torch.float32)
+    for step in range(5):
+        factor = torch.randn((3, 6, 4) if last else (3, 4, 6))
+        basis = Basis(projection=projection, key=step // 3, in_dim=1 + last)
+        together.grad = SketchedGrad(factor.clone(), basis)
+        for weight, own in zip(alone, factor, strict=True):
+            weight.grad = SketchedGrad(own.clone(), replace(basis, in_dim=int(last)))
+        for optimizer in optimizers:
+            optimizer.step()
+    for weight, own in zip(together, alone, strict=True):
+        torch.testing.assert_close(weight, own)
+    assert optimizers[0].state[together]["exp_avg"].shape == factor.shape

@@ -548,3 +548,25 @@ def test_consumed():
             use()
     torch.optim.SGD([weight]).zero_grad()
     assert weight.grad is None
+
+
+# ---------------------------------------------------------------------------------------------
+# Experts: a batch of matrices with one projection
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_a_batch_is_matrix_by_matrix(last):
+    """Dense values, norm, compression and what stays sketched, for (3, m, n) and (3, n, m)."""
+    matrices = [sketched(int(last), seed=i) for i in range(3)]
+    basis = Basis(projection=matrices[0].basis.projection, key=7, in_dim=1 + last)
+    gradient = SketchedGrad(torch.stack([g.factor for g in matrices]), basis)
+    dense = torch.stack([g.to_dense() for g in matrices])
+    assert gradient.shape == dense.shape
+    close(gradient, dense)
+    close(gradient.norm(), dense.norm())
+    close(basis.compress(dense), torch.stack([g.basis.compress(g.to_dense()) for g in matrices]))
+    for change in (lambda g: g + g, lambda g: g * 3, lambda g: g.clone().div_(2)):
+        assert is_sketched(change(gradient))
+        close(change(gradient), change(dense))
+    close(gradient - 1.5, dense - 1.5)

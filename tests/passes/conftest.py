@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from compact_fx import _torch
 from compact_fx.passes.joint_graph import JointGraph
+from compact_fx.passes.split_grouped_backward import split_grouped_backward
 from compact_fx.projections import fold_in
 
 
@@ -28,8 +29,11 @@ class Calls(nn.Module):
         return self.function(self, *inputs)
 
 
-def _joint_of(module: nn.Module, *inputs: torch.Tensor) -> JointGraph:
-    """The joint graph as the backend gives it to the passes; nothing is compiled or run."""
+def _joint_of(module: nn.Module, *inputs: torch.Tensor, split: bool = True) -> JointGraph:
+    """The joint graph as the backend gives it to the passes; nothing is compiled or run.
+
+    Without `split`, it is as it was before `split_grouped_backward`.
+    """
     found: list[JointGraph] = []
 
     def backend(graph_module, example_inputs):
@@ -40,10 +44,13 @@ def _joint_of(module: nn.Module, *inputs: torch.Tensor) -> JointGraph:
             if isinstance(value, nn.Parameter)
         }
 
-        def stop(joint, num_fwd_outputs, static_inputs):
-            joint.graph.eliminate_dead_code()
-            _torch.eliminate_common_subexpressions(joint)
-            found.append(JointGraph(joint, num_fwd_outputs, tuple(static_inputs), weights))
+        def stop(module, num_fwd_outputs, static_inputs):
+            joint = JointGraph(module, num_fwd_outputs, tuple(static_inputs), weights)
+            if split:
+                split_grouped_backward(joint)
+            module.graph.eliminate_dead_code()
+            _torch.eliminate_common_subexpressions(module)
+            found.append(joint)
             raise _Stop
 
         try:

@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.integrations import moe  # noqa: F401  (registers its grouped matmul)
 from transformers.pytorch_utils import Conv1D
 
 from compact_fx.passes.find_weight_grads import find_weight_grads
+from compact_fx.passes.split_grouped_backward import GROUPED_PRODUCT
 
 aten = torch.ops.aten
 
@@ -141,6 +143,75 @@ def test_symbolic_batches_are_found(joint_of, dims):
     assert isinstance(use.tokens, torch.SymInt)
 
 
+def ends():
+    return torch.tensor([4, 4, 12, 16], dtype=torch.int32)
+
+
+def grouped(x, w):
+    return F.grouped_mm(x.flatten(0, 1).sin().bfloat16(), w, offs=ends())
+
+
+def grouped_elsewhere(x, w):
+    return torch.ops.transformers.grouped_mm_fallback(x.flatten(0, 1).sin(), w, ends())
+
+
+# The weight's shape; then of its use: the operator, which operand is the activation, tokens,
+# in_features, out_features, matrices; and which dimension of the weight in_features is.
+EXPERTS = {
+    "bmm": (
+        lambda m, x: torch.bmm(x.sin(), m.w),
+        ((2, 64, 48), aten.bmm.default, 0, 16, 64, 48, 2, 1),
+    ),
+    "bmm, transposed": (
+        lambda m, x: torch.bmm(x.sin(), m.w.transpose(-1, -2)),
+        ((2, 48, 64), aten.bmm.default, 0, 16, 64, 48, 2, 2),
+    ),
+    "bmm from the left": (
+        lambda m, x: torch.bmm(m.w, x.mT.sin()),
+        ((2, 48, 64), aten.bmm.default, 1, 16, 64, 48, 2, 2),
+    ),
+    "baddbmm": (
+        lambda m, x: torch.baddbmm(x[:, :, :48], x.sin(), m.w),
+        ((2, 64, 48), aten.bmm.default, 0, 16, 64, 48, 2, 1),
+    ),
+    "einsum": (
+        lambda m, x: torch.einsum("etn,emn->etm", x.sin(), m.w),
+        ((2, 48, 64), aten.bmm.default, 0, 16, 64, 48, 2, None),
+    ),
+    "all tokens to all experts": (
+        lambda m, x: torch.einsum("btn,emn->ebtm", x.sin(), m.w),
+        ((4, 48, 64), aten.bmm.default, 0, 16, 64, 192, 1, None),
+    ),
+    "a matrix as one of a batch": (
+        lambda m, x: torch.einsum("btn,mn->btm", x.sin(), m.w),
+        ((48, 64), aten.bmm.default, 0, 16, 64, 48, 1, None),
+    ),
+    "grouped": (
+        lambda m, x: grouped(x, m.w.bfloat16()),
+        ((4, 64, 48), aten._grouped_mm.default, 0, 16, 64, 48, 4, 1),
+    ),
+    "grouped, transposed": (
+        lambda m, x: grouped(x, m.w.bfloat16().mT),
+        ((4, 48, 64), aten._grouped_mm.default, 1, 16, 64, 48, 4, 2),
+    ),
+    "grouped in float32": (
+        lambda m, x: grouped_elsewhere(x, m.w.mT),
+        ((4, 48, 64), GROUPED_PRODUCT, 0, 16, 64, 48, 4, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EXPERTS)
+def test_weights_of_experts_are_found(joint_of, calls, case):
+    function, (shape, target, position, *sizes, in_dim) = EXPERTS[case]
+    (grad,) = find_weight_grads(joint_of(calls(function, w=parameter(*shape)), batch()))
+    (use,) = grad.uses
+    assert grad.reason == ""
+    assert (use.matmul.target, use.position, use.in_dim) == (target, position, in_dim)
+    assert [use.tokens, use.in_features, use.out_features, use.experts] == sizes
+    assert use.activation.meta["val"].shape[-1] == 64
+
+
 # ---------------------------------------------------------------------------------------------
 # What is not, and why
 # ---------------------------------------------------------------------------------------------
@@ -153,7 +224,12 @@ def merged(m, x):
 NOT_FOUND = {
     "embedding": (lambda m, x: F.embedding(x.long().clamp(0, 3), m.w), (4, 64), "no matmul"),
     "conv2d": (lambda m, x: F.conv2d(x[None], m.w), (4, 2, 1, 1), "no matmul"),
-    "experts": (lambda m, x: torch.bmm(x, m.w), (2, 64, 48), "no matmul: aten.bmm"),
+    "one matrix for a batch": (
+        lambda m, x: torch.bmm(x, m.w.expand(2, 64, 48)),
+        (64, 48),
+        "no matmul: aten.sum",
+    ),
+    "gathered": (lambda m, x: torch.bmm(x, m.w[[2, 0]]), (3, 64, 48), "no matmul: aten.index_put"),
     "scaled": (lambda m, x: F.linear(x, m.w * 2), (48, 64), "no matmul: aten.mul"),
     "normalized": (lambda m, x: F.linear(x, m.w / m.w.norm()), (48, 64), "no matmul: aten"),
     "squared": (lambda m, x: F.linear(x, m.w @ m.w), (64, 64), "product of no activation"),

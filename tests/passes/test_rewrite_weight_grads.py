@@ -1,5 +1,6 @@
 """The rewriting alone: what is put into the joint graph, and what it leaves as it was."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy
+from transformers.integrations import moe  # noqa: F401  (registers its grouped matmul)
 from transformers.pytorch_utils import Conv1D
 
 from compact_fx.config import CompactConfig
 from compact_fx.errors import CannotCompact
 from compact_fx.passes.choose_sites import choose_sites
 from compact_fx.passes.find_weight_grads import find_weight_grads
+from compact_fx.passes.joint_graph import finish, is_transposition
 from compact_fx.passes.rewrite_weight_grads import rewrite_weight_grads
 from compact_fx.projections import RANDOM_PROJECTION, fold_in, random_projection
 
@@ -54,10 +57,33 @@ def layers(calls):
         "qkv": calls(qkv, **{name: nn.Linear(64, 64) for name in "qkv"}),
         "autocast": calls(autocast, fc=nn.Linear(64, 48)),
         "left": calls(lambda m, x: m.w @ x.sin(), w=nn.Parameter(torch.randn(48, 16))),
+        "experts": calls(
+            lambda m, x: torch.bmm(torch.bmm(x.sin(), m.w).tanh(), m.v.mT),
+            w=nn.Parameter(torch.randn(2, 64, 48)),
+            v=nn.Parameter(torch.randn(2, 64, 48)),
+        ),
+        "einsum": calls(
+            lambda m, x: torch.einsum("etn,emn->etm", x.sin(), m.w),
+            w=nn.Parameter(torch.randn(2, 48, 64)),
+        ),
+        "grouped": calls(grouped, w=nn.Parameter(torch.randn(4, 48, 64))),
+        "grouped in float32": calls(
+            lambda m, x: torch.ops.transformers.grouped_mm_fallback(
+                x.flatten(0, 1).sin(), m.w, torch.tensor([8, 8, 20, 32])
+            ),
+            w=nn.Parameter(torch.randn(4, 64, 48)),
+        ),
     }
 
 
-CASES = ["linear", "conv1d", "twice", "qkv", "autocast"]
+def grouped(m, x):
+    ends = torch.tensor([8, 8, 20, 32], dtype=torch.int32)
+    x = x.flatten(0, 1).sin().bfloat16()
+    return F.grouped_mm(x, m.w.bfloat16().mT, offs=ends).float()
+
+
+EXPERTS = ["experts", "einsum", "grouped", "grouped in float32"]
+CASES = ["linear", "conv1d", "twice", "qkv", "autocast", *EXPERTS]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +121,8 @@ def test_shapes_and_dtypes_stay(rewritten, calls, case):
 
     assert outputs(changed) == outputs(joint)
     for sketch in found.values():
-        assert tuple(sketch.meta["val"].shape) == (32, 16)
+        *tokens, columns = sketch.meta["val"].shape
+        assert (math.prod(tokens), columns) == (32, 16)
 
 
 @pytest.mark.parametrize("place", ["early", "late"])
@@ -133,30 +160,47 @@ def test_orthogonal_at_full_rank_is_exact(rewritten, calls, values_of, evaluate,
     joint, plan, changed, _ = rewritten(layers(calls)[case], batch(), **settings)
     values = values_of(changed)
     assert len(plan.sketched) == len(plan.sites)
-    # x, P, z, dy·z and the result are rounded to bfloat16 under autocast.
-    rtol, atol = (2e-2, 1.5e-1) if case == "autocast" else (1e-4, 1e-4)
+    # x, P, z, dy·z and the result are rounded to bfloat16.
+    rtol, atol = (2e-2, 1.5e-1) if case in ("autocast", "grouped") else (1e-4, 1e-4)
     for a, b in zip(evaluate(joint.module, values), evaluate(changed.module, values), strict=True):
         assert a is b is None or torch.allclose(a, b, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("layer", ["linear", "conv1d"])
+@pytest.mark.parametrize("case", EXPERTS)
+def test_experts_share_a_projection_and_keep_their_matmul(rewritten, calls, ops_of, case):
+    joint, plan, changed, found = rewritten(layers(calls)[case], batch(), rank=16)
+    (matmul,) = {use.matmul.target for grad in find_weight_grads(joint) for use in grad.uses}
+    sites = len(plan.sketched)
+    assert sites == len(found) == ops_of(changed.module)[RANDOM_PROJECTION]
+    factors = [node for node in changed.module.graph.nodes if node.name.startswith("factor")]
+    assert [node.target for node in factors] == [matmul] * sites
+    assert all(16 in node.meta["val"].shape for node in factors)
+
+
+def test_a_rank_that_rows_of_a_grouped_matmul_cannot_have_is_left_alone(joint_of, calls):
+    joint = joint_of(layers(calls)["grouped"], batch())
+    (site,) = choose_sites(joint, CompactConfig(rank=12)).sites
+    assert site.reason == "rank 12 is not a multiple of 8 in a grouped matmul"
+
+
+@pytest.mark.parametrize("layer", ["linear", "conv1d", "experts", "einsum", "grouped in float32"])
 def test_the_gradient_is_that_of_the_formula(rewritten, calls, values_of, evaluate, layer):
     joint, plan, changed, _ = rewritten(layers(calls)[layer], batch(), rank=16)
     values = values_of(changed)
-    (site,) = plan.sites
-    (dense,) = find_weight_grads(joint)
-    (projection,) = plan.projections
+    site, dense = plan.sites[0], find_weight_grads(joint)[0]
+    projection = plan.projections[0]
     key = values[changed.inputs()[changed.key_inputs[0]].name]
     p = RANDOM_PROJECTION(key, 64, 16, projection.kind, projection.dtype)
     position = list(joint.module.graph.output_node().args[0]).index(joint.gradients()[site.index])
     exact = evaluate(joint.module, values)[position]
     got = evaluate(changed.module, values)[position]
     # (dyᵀ x) P Pᵀ, and P Pᵀ (xᵀ dy).
-    expected = exact @ p @ p.T if dense.uses[0].position == 1 else p @ p.T @ exact
+    on_right = dense.uses[0].in_dim == exact.dim() - 1 or layer == "einsum"
+    expected = exact @ p @ p.T if on_right else p @ p.T @ exact
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("case", ["linear", "conv1d", "twice", "qkv"])
+@pytest.mark.parametrize("case", ["linear", "conv1d", "twice", "qkv", "experts"])
 def test_the_mean_over_keys_is_the_gradient(rewritten, calls, values_of, evaluate, case):
     joint, plan, changed, _ = rewritten(
         layers(calls)[case], batch(2, 8, 64), rank=32, projection="rademacher"
@@ -172,6 +216,31 @@ def test_the_mean_over_keys_is_the_gradient(rewritten, calls, values_of, evaluat
     # error / spread has mean 1 and varies like χ² with at least n = 64 degrees of freedom: its σ is
     # at most √(2/64) = 0.18, and 2.5 is 8 σ, a false alarm below 1e-7.
     assert error / spread < 2.5
+
+
+def test_a_square_activation_and_its_transpose_have_sketches_of_their_own(
+    joint_of, calls, values_of, evaluate
+):
+    """xᵀ is no node of its own where two transpositions in a row have been folded."""
+    module = calls(
+        lambda m, x: (x.sin().mT @ m.a).tanh() + F.linear(x.sin(), m.b).sin(),
+        a=nn.Parameter(torch.randn(64, 48)),
+        b=nn.Parameter(torch.randn(48, 64)),
+    )
+    joint = joint_of(module, batch(64, 64))
+    for node in joint.module.graph.nodes:
+        if is_transposition(node) and is_transposition(node.args[0]):
+            node.replace_all_uses_with(node.args[0].args[0])
+    finish(joint.module)
+    plan = choose_sites(joint, CompactConfig(rank=1.0, projection="orthogonal", place="late"))
+    left, right = (grad.uses[0] for grad in find_weight_grads(joint))
+    assert left.activation is right.activation
+    assert [use.features_first for use in (left, right)] == [True, False]
+    changed = joint.with_keys(len(plan.projections))
+    assert len(rewrite_weight_grads(changed, plan)) == 2
+    values = values_of(changed)
+    for a, b in zip(evaluate(joint.module, values), evaluate(changed.module, values), strict=True):
+        assert a is b is None or torch.allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------
