@@ -12,7 +12,8 @@ from compact_fx.passes.joint_graph import JointGraph, is_relabelling
 from compact_fx.plan import Saved, SavedKind
 from compact_fx.projections import RANDOM_PROJECTION
 
-_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "_grouped_mm", "convolution_backward"}
+_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "_grouped_mm", "grouped_product"}
+_PRODUCTS |= {"convolution_backward"}
 
 
 @dataclass(frozen=True)
