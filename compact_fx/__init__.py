@@ -1,5 +1,6 @@
 """Train any PyTorch model from sketched activations, through torch.compile."""
 
+from compact_fx import _version as _version  # isort: skip
 from compact_fx.backend import CompactBackend, compact_backend
 from compact_fx.config import CompactConfig
 from compact_fx.errors import CannotCompact

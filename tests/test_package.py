@@ -52,3 +52,17 @@ def test_private_torch_lives_in_one_file(folder: str):
     for file in (ROOT / folder).glob("*.py"):
         if file.name not in allowed:
             assert not private.search(file.read_text()), file.name
+
+
+@pytest.mark.parametrize(("version", "fine"), [("2.10.1", False), ("2.9", False), ("2.11.0", True)])
+def test_an_older_torch_is_refused_at_import(version, fine):
+    """In one line, before anything private in torch is touched."""
+    code = (
+        "import torch; from torch.torch_version import TorchVersion; "
+        f"torch.__version__ = TorchVersion({version!r}); import compact_fx"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode == 0) == fine
+    if not fine:
+        message = f"compact_fx needs torch 2.11 or newer, this is {version}"
+        assert message in done.stderr.splitlines()[-1]
