@@ -49,10 +49,12 @@ class CompactBackend:
         self.plans: list[Plan] = []
         self.graphs: list[CompactedGraphs] = []
         self._names: set[str] = set()
+        self._earlier_breaks = _torch.graph_breaks()
 
     def report(self) -> CompactionReport:
         """What was sketched, where, why not, bytes and FLOPs before and after; `print` it."""
-        return CompactionReport(plans=tuple(self.plans), graph_breaks=_torch.graph_breaks())
+        breaks = _torch.graph_breaks(since=self._earlier_breaks)
+        return CompactionReport(plans=tuple(self.plans), graph_breaks=breaks)
 
     def __call__(
         self,
