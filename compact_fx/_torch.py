@@ -57,11 +57,21 @@ _SOURCE_PART = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
 
 def qualified_name(placeholder: fx.Node) -> str:
     """The parameter's name, by the path that the compiled code took to it."""
+    text = _source(placeholder)
+    return ".".join(_SOURCE_PART.findall(text)) or text or placeholder.name
+
+
+def is_buffer(placeholder: fx.Node) -> bool:
+    """Whether an input of Dynamo's graph is a buffer of the model."""
+    return "._buffers['" in _source(placeholder)
+
+
+def _source(placeholder: fx.Node) -> str:
+    """The path that the compiled code took to an input; "" if unknown."""
     source = getattr(placeholder, "_dynamo_source", None)
     if source is None:
-        return placeholder.name
-    text = source.name if isinstance(source.name, str) else source.name()
-    return ".".join(_SOURCE_PART.findall(text)) or text
+        return ""
+    return source.name if isinstance(source.name, str) else str(source.name())
 
 
 def copy_graph_module(module: fx.GraphModule) -> fx.GraphModule:

@@ -204,6 +204,7 @@ class GraphCompiler:
             for index, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True))
             if isinstance(value, torch.nn.Parameter)
         }
+        self._buffers = frozenset(i for i, node in enumerate(placeholders) if _torch.is_buffer(node))
 
     def trains(self) -> bool:
         """Whether a backward pass may be asked of this graph.
@@ -310,7 +311,9 @@ class GraphCompiler:
     ) -> JointGraph:
         module.graph.eliminate_dead_code()
         _torch.eliminate_common_subexpressions(module)
-        return JointGraph(module, num_fwd_outputs, tuple(static_inputs), self._weights)
+        return JointGraph(
+            module, num_fwd_outputs, tuple(static_inputs), self._weights, self._buffers
+        )
 
     def _partition(
         self,
