@@ -68,6 +68,9 @@ def rewrite_weight_grads(joint: JointGraph, plan: Plan) -> dict[int, fx.Node]:
         _replace(joint.module.graph, use, *sketches[site.sketch], stays_sketched.get(site.index))
     if joint.proxy_inputs:
         _return_factors(joint, plan)
+    else:  # a plan in the making, or to be looked at: the factors are in the weights' places
+        for proxy in plan.proxies:
+            _update_values(joint.gradients()[proxy.index])
     finish(joint.module)
     return {i: sketch for i, (_, sketch) in sketches.items()}
 
@@ -100,21 +103,22 @@ def _replace(
 ) -> None:
     old = use.matmul
     gradient = old.args[1 - use.position]
+    full = f"{old.name}_from_factor"
     with graph.inserting_before(old):
         if use.position == 1:
             new = factor = insert(
-                graph, aten.mm.default, (gradient, sketch), like=old, name="factor"
+                graph, aten.mm.default, (gradient, sketch), like=old, name=f"{old.name}_factor"
             )
         else:
             sketch_t = insert(graph, aten.permute.default, (sketch, [1, 0]), like=old, name="rows")
             new = factor = insert(
-                graph, aten.mm.default, (sketch_t, gradient), like=old, name="factor"
+                graph, aten.mm.default, (sketch_t, gradient), like=old, name=f"{old.name}_factor"
             )
         if proxy is None and use.position == 1:
             drawn_t = insert(graph, aten.permute.default, (drawn, [1, 0]), like=old, name="back")
-            new = insert(graph, aten.mm.default, (factor, drawn_t), like=old, name="weight_grad")
+            new = insert(graph, aten.mm.default, (factor, drawn_t), like=old, name=full)
         elif proxy is None:
-            new = insert(graph, aten.mm.default, (drawn, factor), like=old, name="weight_grad")
+            new = insert(graph, aten.mm.default, (drawn, factor), like=old, name=full)
     old.replace_all_uses_with(new)
     graph.erase_node(old)
 
@@ -135,9 +139,9 @@ def _return_factors(joint: JointGraph, plan: Plan) -> None:
     output.args = (outputs,)
 
 
-def _update_values(node: fx.Node) -> None:
+def _update_values(node: fx.Node | None) -> None:
     """New fake values from the factors down to the gradient: the shape has changed."""
-    if node.target is aten.mm.default:
+    if node is None or node.target is aten.mm.default:
         return
     for source in node.all_input_nodes:
         _update_values(source)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from compact_fx import explain
-from compact_fx.explanation import COMPILED, DENSE
+from compact_fx.explanation import COMPILED, DENSE, SKETCHED
 from compact_fx.memory import GraphMemory, LiveMemory, Moment, graph_memory, step_timeline
 
 KB = 1024
@@ -115,6 +115,18 @@ def test_step_of_two_graphs():
         ("backward", "a", 4 + 20),
         ("backward", "return", 4 + 3),
     ]
+
+
+def test_a_backward_ends_with_the_gradients():
+    """Factors of sketched weights are small, whatever views lie between them and the output."""
+    model = nn.Sequential(nn.Linear(256, 512), nn.Tanh(), nn.Linear(512, 256))
+    x = torch.zeros(64, 256)
+    memory = explain(model, x, rank=0.25, gradients="sketched", inner="aot_eager").memory
+    assert memory[SKETCHED].gradients < memory[DENSE].gradients / 3
+    for way in (COMPILED, DENSE, SKETCHED):
+        row = memory[way]
+        last = [moment for moment in row.timeline if moment.phase == "backward"][-1]
+        assert last.bytes == row.weights + row.optimizer + row.gradients + 4 * x.numel(), way
 
 
 def test_what_a_step_ends_with():
