@@ -65,7 +65,8 @@ def _bars(
         marks = [peak / unit for peak in peaks]
         axes.plot(marks, list(rows), "k|", markersize=18, markeredgewidth=2, label="peak")
         for row, mark in zip(rows, marks, strict=True):
-            axes.text(mark + 0.01 * most / unit, row, f"{mark:.3g}", va="center", weight="bold")
+            right = max(mark, left[row]) + 0.01 * most / unit  # gradients and saved do not overlap
+            axes.text(right, row, f"{mark:.3g}", va="center", weight="bold")
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12 * most / unit)
     axes.set_xlabel(name)
@@ -97,7 +98,8 @@ def breakdown(memory: "Mapping[str, Breakdown]", path: str | Path) -> Path:
         variant: {label: getattr(row, name) for name, label in zip(names, labels, strict=True)}
         for variant, row in memory.items()
     }
-    return _bars(rows, "memory of one training step", path, [row.peak for row in memory.values()])
+    title = "one training step: its parts, and the most that is alive at a time"
+    return _bars(rows, title, path, [row.peak for row in memory.values()])
 
 
 def timeline(moments: Mapping[str, Sequence[Moment]], path: str | Path) -> Path:
