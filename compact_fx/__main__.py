@@ -189,7 +189,7 @@ def _explained(args: argparse.Namespace, **settings: Any) -> Explanation:
     except (CannotCompact, ValueError):
         raise
     except Exception as error:  # whatever a model's forward makes of tokens
-        message = f"{args.hf_config} does not train on {args.batch} × {args.seq} tokens: {error}"
+        message = f"{args.hf_config} does not train on {args.batch} x {args.seq} tokens: {error}"
         raise _BadInput(message) from None
 
 

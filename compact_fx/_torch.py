@@ -303,9 +303,7 @@ def call_compiled(
         apart = {}
     compiled = torch.compile(model, backend=backend, dynamic=False, **apart)
     no_limit = sys.maxsize
-    with torch._dynamo.config.patch(
-        recompile_limit=no_limit, accumulated_recompile_limit=no_limit
-    ):
+    with torch._dynamo.config.patch(recompile_limit=no_limit, accumulated_recompile_limit=no_limit):
         try:
             return compiled(*args, **kwargs)
         except BackendCompilerFailed as error:

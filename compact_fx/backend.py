@@ -204,7 +204,9 @@ class GraphCompiler:
             for index, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True))
             if isinstance(value, torch.nn.Parameter)
         }
-        self._buffers = frozenset(i for i, node in enumerate(placeholders) if _torch.is_buffer(node))
+        self._buffers = frozenset(
+            i for i, node in enumerate(placeholders) if _torch.is_buffer(node)
+        )
 
     def trains(self) -> bool:
         """Whether a backward pass may be asked of this graph.

@@ -116,7 +116,9 @@ def timeline(moments: Mapping[str, Sequence[Moment]], path: str | Path) -> Path:
         x = list(_positions(run))
         y = [moment.bytes / unit for moment in run]
         peak = max(range(len(y)), key=y.__getitem__)
-        axes.plot(x, y, label=f"{name}: peak {y[peak]:.3g} {name_of_unit}", color=color, linewidth=1.4)
+        axes.plot(
+            x, y, label=f"{name}: peak {y[peak]:.3g} {name_of_unit}", color=color, linewidth=1.4
+        )
         axes.plot(x[peak], y[peak], "o", color=color, markersize=4)
     axes.axvline(1, color="0.7", linewidth=0.8)
     axes.set_xlim(0, 2.02)

@@ -53,7 +53,12 @@ TABLE_6 = [
     ("v", "transpose.int", N, N),
     ("q", "add.Tensor", N, N),
     ("k", "add.Tensor", N, N),
-    ("of attention: logsumexp", "_scaled_dot_product_flash_attention_for_cpu.default", HEADS, HEADS),
+    (
+        "of attention: logsumexp",
+        "_scaled_dot_product_flash_attention_for_cpu.default",
+        HEADS,
+        HEADS,
+    ),
     ("attention output", "view.default", N, N),
     ("norm-2 input", "add.Tensor", N, N),
     ("of norm 2: 1 / RMS", "rsqrt.default", 1, 1),
@@ -97,7 +102,9 @@ def test_table_6_cell_by_cell(table_6):
     for cell, old, new in zip(TABLE_6, before, after, strict=True):
         name, op, floats_before, floats_after = cell
         assert (old.bytes, new.bytes) == (4 * B * L * floats_before, 4 * B * L * floats_after), name
-        assert (old.op, old.kind) == (("view.default", "matmul input") if op == "z" else (op, old.kind))
+        assert (old.op, old.kind) == (
+            ("view.default", "matmul input") if op == "z" else (op, old.kind)
+        )
         assert (new.op, new.kind) == (("mm.default", "sketch") if op == "z" else (op, old.kind))
 
 
@@ -107,9 +114,7 @@ def test_table_6_adds_up(table_6):
     assert sum(old for old, _ in mine.values()) == 8 * N + 4 * M
     assert sum(new for _, new in mine.values()) == 6 * N + 2 * R + 3 * M + R_OF_M
     (plan,) = table_6.report.plans
-    assert plan.bytes_before - plan.bytes_after == LAYERS * 4 * B * L * (
-        2 * (N - R) + (M - R_OF_M)
-    )
+    assert plan.bytes_before - plan.bytes_after == LAYERS * 4 * B * L * (2 * (N - R) + (M - R_OF_M))
 
 
 def test_compiled_keeps_less_of_the_block():
@@ -327,7 +332,7 @@ def test_as_text_and_as_data():
     data = json.loads(found.to_json())
     assert list(data) == ["memory", "report"]
     assert list(data["memory"]) == list(VARIANTS)
-    names = "weights gradients optimizer saved other peak".split()
+    names = ["weights", "gradients", "optimizer", "saved", "other", "peak"]
     assert list(data["memory"]["eager"]) == names
     assert data["report"] == json.loads(found.report.to_json())
 

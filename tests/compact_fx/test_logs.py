@@ -36,7 +36,10 @@ def test_one_line_for_each_graph_and_each_site(caplog):
         "bytes kept for backward"
     )
     debug = [r.getMessage() for r in records if r.levelno == logging.DEBUG]
-    assert [re.search("weight='(.*?)'", line).group(1) for line in debug] == ["0.weight", "2.weight"]
+    assert [re.search("weight='(.*?)'", line).group(1) for line in debug] == [
+        "0.weight",
+        "2.weight",
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,16 @@ def test_explain(capsys, tmp_path):
 
 def test_explain_as_json(capsys):
     """Settings reach the plan; nothing else is on stdout."""
-    options = "--rank 16 --gradients sketched --projection orthogonal --no-recompute --json".split()
+    options = [
+        "--rank",
+        "16",
+        "--gradients",
+        "sketched",
+        "--projection",
+        "orthogonal",
+        "--no-recompute",
+        "--json",
+    ]
     command = ["explain", "--hf-config", str(TINY), *SMALL, *options, "--dtype", "float32"]
     assert main([*command, "--optimizer", "sgd"]) == 0
     data = json.loads(capsys.readouterr().out)
@@ -57,7 +66,9 @@ def test_graph(capsys, tmp_path, monkeypatch, with_dot):
     programs.mkdir()
     if with_dot:
         dot = programs / "dot"
-        dot.write_text('#!/bin/sh\n[ "$1 $2" = "-Tsvg -o" ] && { echo "<svg>"; /bin/cat; } > "$3"\n')
+        dot.write_text(
+            '#!/bin/sh\n[ "$1 $2" = "-Tsvg -o" ] && { echo "<svg>"; /bin/cat; } > "$3"\n'
+        )
         dot.chmod(0o755)
     monkeypatch.setenv("PATH", str(programs))
     assert main(["graph", "--hf-config", str(TINY), *SMALL, "--out", str(out)]) == 0
@@ -68,9 +79,10 @@ def test_graph(capsys, tmp_path, monkeypatch, with_dot):
     assert {path.name for path in out.iterdir()} == files
     assert set(printed.out.split()) == {str(out / name) for name in files}
     assert ("graphviz" in printed.err) is not with_dot
-    assert "random_projection" in (out / "0_forward.txt").read_text() + (
-        out / "0_backward.txt"
-    ).read_text()
+    assert (
+        "random_projection"
+        in (out / "0_forward.txt").read_text() + (out / "0_backward.txt").read_text()
+    )
     diff = (out / "0_diff.txt").read_text()
     assert "-grad_model_layers_0_mlp_down_proj_weight: bf16[128, 344] = mm.default(" in diff
     if with_dot:
@@ -117,7 +129,7 @@ WRONG_CONFIGS = [
     ({"vocab_size": -5}, "makes no model"),
     (
         {"model_type": "vit", "architectures": ["ViTModel"], "num_attention_heads": 4},
-        "does not train on 2 × 32 tokens",
+        "does not train on 2 x 32 tokens",
     ),
 ]
 

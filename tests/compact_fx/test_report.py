@@ -105,7 +105,7 @@ def test_data_has_stable_names(make_llama, tokens):
     report = report_of(make_llama(), input_ids=tokens, labels=tokens)
     data = report.to_dict()
     assert list(data) == ["version", "totals", "graphs", "graph_breaks"]
-    totals = "weights sketched bytes_before bytes_after flops_before flops_after".split()
+    totals = ["weights", "sketched", "bytes_before", "bytes_after", "flops_before", "flops_after"]
     assert list(data["totals"]) == totals
     (graph,) = data["graphs"]
     assert list(graph) == ["totals", "sites", "saved_before", "saved_after"]
@@ -125,7 +125,7 @@ def test_data_has_stable_names(make_llama, tokens):
         "flops_before",
         "flops_after",
     ]
-    names = "name op shape dtype bytes kind readers source".split()
+    names = ["name", "op", "shape", "dtype", "bytes", "kind", "readers", "source"]
     assert list(graph["saved_before"][0]) == list(graph["saved_after"][0]) == names
     for when in ("before", "after"):
         crossing = sum(saved["bytes"] for saved in graph[f"saved_{when}"])
