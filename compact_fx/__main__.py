@@ -218,7 +218,7 @@ def _model(args: argparse.Namespace) -> tuple[torch.nn.Module, Any]:
     if maker is None:
         raise _BadInput(f"architecture {name!r} is not one that transformers has")
     build = maker.from_config if hasattr(maker, "from_config") else maker
-    transformers.logging.set_verbosity_error()  # what it has to say comes as an error
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         config = transformers.AutoConfig.for_model(kind, **content)
         with torch.device("meta"):
