@@ -124,7 +124,7 @@ def test_compiled_keeps_less_of_the_block():
             LlamaConfig(
                 hidden_size=N,
                 intermediate_size=M,
-                num_hidden_layers=LAYERS,
+                num_hidden_layers=1,
                 num_attention_heads=HEADS,
                 vocab_size=32,
             )
