@@ -9,6 +9,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from subprocess import SubprocessError
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -31,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         args.run(args)
-    except (_BadInput, CannotCompact, TypeError, ValueError, ImportError) as error:
-        print(f"compact_fx: {' '.join(str(error).split())}", file=sys.stderr)
+    except (_BadInput, CannotCompact, ValueError, ImportError, OSError, SubprocessError) as error:
+        print(f"compact_fx: {shorten(str(error), 300)}", file=sys.stderr)
         return 2
     return 0
 
@@ -138,13 +140,7 @@ def _env(args: argparse.Namespace) -> None:
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         rows.append([f"GPU {index}", f"{device.name}, {device.total_memory / 1e9:.1f} GB"])
-    rows += [
-        [
-            "Inductor",
-            _inductor(),
-        ],
-        ["gradients", "dense, sketched (one process)"],
-    ]
+    rows += [["Inductor", _inductor()], ["gradients", "dense, sketched (one process)"]]
     print(tabulate(rows, tablefmt="plain", disable_numparse=True))
 
 
@@ -169,8 +165,8 @@ def _inductor() -> str:
 
 def _explained(args: argparse.Namespace, **settings: Any) -> Explanation:
     """The model of a Hugging Face configuration, explained for a batch of token ids."""
-    for name in ("batch", "seq"):
-        if getattr(args, name) < 1:
+    for name in ("batch", "seq", "layers"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise _BadInput(f"--{name} {getattr(args, name)} must be ≥ 1")
     model, config = _model(args)
     tokens = torch.zeros(args.batch, args.seq, dtype=torch.int64, device="meta")
@@ -180,15 +176,21 @@ def _explained(args: argparse.Namespace, **settings: Any) -> Explanation:
     inputs: dict[str, Any] = {"input_ids": tokens, "labels": tokens}
     if hasattr(config, "use_cache") and not config.is_encoder_decoder:
         inputs["use_cache"] = False
-    return explain(
-        model,
-        rank=args.rank,
-        gradients=args.gradients,
-        projection=args.projection,
-        recompute=not args.no_recompute,
-        **settings,
-        **inputs,
-    )
+    try:
+        return explain(
+            model,
+            rank=args.rank,
+            gradients=args.gradients,
+            projection=args.projection,
+            recompute=not args.no_recompute,
+            **settings,
+            **inputs,
+        )
+    except (CannotCompact, ValueError):
+        raise
+    except Exception as error:  # whatever a model's forward makes of tokens
+        message = f"{args.hf_config} does not train on {args.batch} x {args.seq} tokens: {error}"
+        raise _BadInput(message) from None
 
 
 def _model(args: argparse.Namespace) -> tuple[torch.nn.Module, Any]:
@@ -206,16 +208,19 @@ def _model(args: argparse.Namespace) -> tuple[torch.nn.Module, Any]:
     if args.layers is not None:
         content["num_hidden_layers"] = args.layers
     kind = content.pop("model_type")
-    try:
-        config = transformers.AutoConfig.for_model(kind, **content)
-    except ValueError:
-        raise _BadInput(f"model_type {kind!r} is not one that transformers knows") from None
-    name = next(iter(content.get("architectures") or ()), None)
+    if kind not in transformers.CONFIG_MAPPING:
+        raise _BadInput(f"model_type {kind!r} is not one that transformers knows")
+    names = content.get("architectures") or [None]
+    if not isinstance(names, list):
+        raise _BadInput(f"architectures {names!r} must be a list")
+    (name, *_) = names
     maker: Any = getattr(transformers, name, None) if name else transformers.AutoModelForCausalLM
     if maker is None:
         raise _BadInput(f"architecture {name!r} is not one that transformers has")
     build = maker.from_config if hasattr(maker, "from_config") else maker
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
+        config = transformers.AutoConfig.for_model(kind, **content)
         with torch.device("meta"):
             return build(config).to(getattr(torch, args.dtype)).train(), config
     except Exception as error:  # whatever a model's constructor makes of its numbers

@@ -5,15 +5,20 @@ Tried on torch 2.11 (CUDA) and 2.13 (CPU). Nothing is patched; settings change i
 
 import contextlib
 import copy
+import inspect
 import operator
 import os
 import re
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
 from torch import fx
+from torch._dynamo.eval_frame import OptimizedModule
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.descriptors import (
     DummyAOTOutput,
@@ -53,11 +58,21 @@ _SOURCE_PART = re.compile(r"_(?:modules|parameters|buffers)(?:'\])?\['([^']+)'\]
 
 def qualified_name(placeholder: fx.Node) -> str:
     """The parameter's name, by the path that the compiled code took to it."""
+    text = _source(placeholder)
+    return ".".join(_SOURCE_PART.findall(text)) or text or placeholder.name
+
+
+def is_buffer(placeholder: fx.Node) -> bool:
+    """Whether an input of Dynamo's graph is a buffer of the model."""
+    return "._buffers['" in _source(placeholder)
+
+
+def _source(placeholder: fx.Node) -> str:
+    """The path that the compiled code took to an input; "" if unknown."""
     source = getattr(placeholder, "_dynamo_source", None)
     if source is None:
-        return placeholder.name
-    text = source.name if isinstance(source.name, str) else source.name()
-    return ".".join(_SOURCE_PART.findall(text)) or text
+        return ""
+    return source.name if isinstance(source.name, str) else str(source.name())
 
 
 def copy_graph_module(module: fx.GraphModule) -> fx.GraphModule:
@@ -182,9 +197,9 @@ def in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def graph_breaks() -> dict[str, int]:
-    """Reason → how often Dynamo broke a graph for it, in this process."""
-    return dict(counters["graph_break"])
+def graph_breaks(since: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Reason → how often Dynamo broke a graph for it in this process, or since then."""
+    return dict(Counter(counters["graph_break"]) - Counter(since))
 
 
 def trace_artifact(name: str, encoding: str, content: Callable[[], str]) -> None:
@@ -280,6 +295,34 @@ def trace(function: Callable[..., Any], *args: torch.Tensor) -> fx.GraphModule:
 # ---------------------------------------------------------------------------------------------
 # Compiling
 # ---------------------------------------------------------------------------------------------
+
+
+def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
+    """The module that `torch.compile` wrapped, or the module itself."""
+    return model._orig_mod if isinstance(model, OptimizedModule) else model
+
+
+def call_compiled(
+    model: Callable[..., Any],
+    backend: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """One call of a model through torch.compile; what the backend raises comes out as it is.
+
+    Dynamo counts what it compiled per function, whatever the backend, and gives up at its limit.
+    torch 2.13 can count this call apart; where that is missing, it counts for later ones.
+    """
+    apart: dict[str, Any] = {"isolate_recompiles": True}
+    if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
+        apart = {}
+    compiled = torch.compile(model, backend=backend, dynamic=False, **apart)
+    no_limit = sys.maxsize
+    with torch._dynamo.config.patch(recompile_limit=no_limit, accumulated_recompile_limit=no_limit):
+        try:
+            return compiled(*args, **kwargs)
+        except BackendCompilerFailed as error:
+            raise error.inner_exception from None
 
 
 class _Partitioner(CustomPartitionerFn):  # type: ignore[misc]

@@ -50,10 +50,12 @@ class CompactBackend:
         self.plans: list[Plan] = []
         self.graphs: list[CompactedGraphs] = []
         self._names: set[str] = set()
+        self._earlier_breaks = _torch.graph_breaks()
 
     def report(self) -> CompactionReport:
         """What was sketched, where, why not, bytes and FLOPs before and after; `print` it."""
-        return CompactionReport(plans=tuple(self.plans), graph_breaks=_torch.graph_breaks())
+        breaks = _torch.graph_breaks(since=self._earlier_breaks)
+        return CompactionReport(plans=tuple(self.plans), graph_breaks=breaks)
 
     def __call__(
         self,
@@ -203,6 +205,9 @@ class GraphCompiler:
             for index, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True))
             if isinstance(value, torch.nn.Parameter)
         }
+        self._buffers = frozenset(
+            i for i, node in enumerate(placeholders) if _torch.is_buffer(node)
+        )
 
     def trains(self) -> bool:
         """Whether a backward pass may be asked of this graph.
@@ -307,7 +312,9 @@ class GraphCompiler:
     def _joint(
         self, module: fx.GraphModule, num_fwd_outputs: int, static_inputs: Sequence[int]
     ) -> JointGraph:
-        joint = JointGraph(module, num_fwd_outputs, tuple(static_inputs), self._weights)
+        joint = JointGraph(
+            module, num_fwd_outputs, tuple(static_inputs), self._weights, self._buffers
+        )
         split_grouped_backward(joint)
         module.graph.eliminate_dead_code()
         _torch.eliminate_common_subexpressions(module)

@@ -138,7 +138,8 @@ def explain(
         kwargs: fields of `CompactConfig`, such as `rank=0.25`; all others go to the model.
 
     Raises:
-        ValueError, TypeError: a setting that cannot be, an optimizer that is not known.
+        ValueError, TypeError: a setting that cannot be, an optimizer that is not known, a model
+            of which nothing is trained.
         CannotCompact: a graph that the backend would leave untouched.
     """
     if optimizer not in STATES:
@@ -146,10 +147,11 @@ def explain(
     names = {field.name for field in fields(CompactConfig)}
     config = config_from({k: v for k, v in kwargs.items() if k in names})
     inputs = {k: v for k, v in kwargs.items() if k not in names}
-    with _torch.fake_mode():
-        model, args, inputs = _faked((model, args, inputs))
+    breaks = _torch.graph_breaks()
+    with _torch.fake_mode(), torch.enable_grad():
+        model, args, inputs = _faked((_torch.uncompiled(model), args, inputs))
         analyser = _Analyser(config, like_eager)
-        output = torch.compile(model, backend=analyser, dynamic=False)(*args, **inputs)
+        output = _torch.call_compiled(model, analyser, args, inputs)
         outside = _memory_of_loss(output, loss)
         eager, saved = _memory_of_eager(model, args, inputs, loss)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
@@ -181,7 +183,7 @@ def explain(
         )
     graphs_of = [found.graphs[config.gradients] for found in analyser.found]
     report = CompactionReport(
-        plans=tuple(graphs.plan for graphs in graphs_of), graph_breaks=_torch.graph_breaks()
+        plans=tuple(graphs.plan for graphs in graphs_of), graph_breaks=_torch.graph_breaks(breaks)
     )
     return Explanation(report=report, memory=memory, graphs=tuple(graphs_of))
 
@@ -283,8 +285,10 @@ def _scalar(output: Any, loss: Callable[[Any], Tensor] | None) -> Tensor:
     own = getattr(output, "loss", None)
     if own is not None:
         return own  # type: ignore[no-any-return]
-    first = next(t for t in _torch.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad)
-    return first.sum()
+    for tensor in filter(_is_tensor, _torch.tree_leaves(output)):
+        if tensor.requires_grad:
+            return tensor.sum()  # type: ignore[no-any-return]
+    raise ValueError("nothing in the model's output needs a gradient: is every weight frozen?")
 
 
 def _memory_of_loss(output: Any, loss: Callable[[Any], Tensor] | None) -> tuple[Moment, ...]:

@@ -8,7 +8,7 @@ from functools import cached_property
 from torch import fx
 
 from compact_fx import _torch
-from compact_fx.passes.joint_graph import JointGraph
+from compact_fx.passes.joint_graph import JointGraph, is_relabelling
 from compact_fx.passes.partition import Partition, partition
 from compact_fx.passes.rewrite_weight_grads import rewrite_weight_grads
 from compact_fx.plan import Plan
@@ -120,6 +120,16 @@ def named(joint: JointGraph) -> JointGraph:
         _torch.rename(node, name)
         gradient = gradients.get(index)
         if gradient is not None:
-            _torch.rename(gradient, f"grad_{name}")
+            _name_gradient(gradient, f"grad_{name}")
     joint.module.recompile()
     return joint
+
+
+def _name_gradient(gradient: fx.Node, name: str) -> None:
+    """What a weight's gradient is made by, and the views and casts of it that follow."""
+    chain = [gradient]
+    while is_relabelling(chain[-1]) and len(chain[-1].users) == 1:
+        chain += chain[-1].all_input_nodes
+    for node in reversed(chain):
+        if node.op == "call_function":
+            _torch.rename(node, name)

@@ -33,6 +33,10 @@ def _save(figure: Any, path: str | Path) -> Path:
     return path
 
 
+def _unit(most: float) -> tuple[float, str]:
+    return (1e9, "GB") if most >= 1e9 else (1e6, "MB")
+
+
 def _bars(
     rows: Mapping[str, Mapping[str, float]],
     title: str,
@@ -44,7 +48,7 @@ def _bars(
     figure, axes = _matplotlib().subplots(figsize=size, layout="constrained")
     parts = list(dict.fromkeys(part for row in rows.values() for part in row))
     most = max(*(sum(row.values()) for row in rows.values()), *peaks, 1)
-    unit, name = (1e9, "GB") if most >= 1e9 else (1e6, "MB")
+    unit, name = _unit(most)
     left = dict.fromkeys(rows, 0.0)
     for part, color in zip(parts, COLORS, strict=False):
         widths = [row.get(part, 0) / unit for row in rows.values()]
@@ -61,7 +65,8 @@ def _bars(
         marks = [peak / unit for peak in peaks]
         axes.plot(marks, list(rows), "k|", markersize=18, markeredgewidth=2, label="peak")
         for row, mark in zip(rows, marks, strict=True):
-            axes.text(mark + 0.01 * most / unit, row, f"{mark:.3g}", va="center", weight="bold")
+            right = max(mark, left[row]) + 0.01 * most / unit  # gradients and saved do not overlap
+            axes.text(right, row, f"{mark:.3g}", va="center", weight="bold")
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12 * most / unit)
     axes.set_xlabel(name)
@@ -93,7 +98,8 @@ def breakdown(memory: "Mapping[str, Breakdown]", path: str | Path) -> Path:
         variant: {label: getattr(row, name) for name, label in zip(names, labels, strict=True)}
         for variant, row in memory.items()
     }
-    return _bars(rows, "memory of one training step", path, [row.peak for row in memory.values()])
+    title = "one training step: its parts, and the most that is alive at a time"
+    return _bars(rows, title, path, [row.peak for row in memory.values()])
 
 
 def timeline(moments: Mapping[str, Sequence[Moment]], path: str | Path) -> Path:
@@ -105,18 +111,21 @@ def timeline(moments: Mapping[str, Sequence[Moment]], path: str | Path) -> Path:
         path: of the picture.
     """
     figure, axes = _matplotlib().subplots(figsize=(9, 4.4), layout="constrained")
+    unit, name_of_unit = _unit(max(moment.bytes for run in moments.values() for moment in run))
     for (name, run), color in zip(moments.items(), COLORS, strict=False):
         x = list(_positions(run))
-        y = [moment.bytes / 1e9 for moment in run]
+        y = [moment.bytes / unit for moment in run]
         peak = max(range(len(y)), key=y.__getitem__)
-        axes.plot(x, y, label=f"{name}: peak {y[peak]:.2f} GB", color=color, linewidth=1.4)
+        axes.plot(
+            x, y, label=f"{name}: peak {y[peak]:.3g} {name_of_unit}", color=color, linewidth=1.4
+        )
         axes.plot(x[peak], y[peak], "o", color=color, markersize=4)
     axes.axvline(1, color="0.7", linewidth=0.8)
     axes.set_xlim(0, 2.02)
     axes.set_ylim(bottom=0)
     axes.set_xticks([0.5, 1.5], ["forward", "backward"])
     axes.tick_params(axis="x", length=0)
-    axes.set_ylabel("GB alive")
+    axes.set_ylabel(f"{name_of_unit} alive")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, loc="outside lower center", ncols=2)
     return _save(figure, path)
@@ -139,20 +148,17 @@ def from_snapshot(snapshot: Mapping[str, Any], *, device: int = 0) -> list[Momen
         ValueError: the snapshot has no history of this device.
     """
     traces = snapshot.get("device_traces", [])
-    if device >= len(traces) or not traces[device]:
+    signs = {"alloc": 1, "free_completed": -1}
+    sizes, now = [], 0
+    for event in traces[device] if device < len(traces) else ():
+        if event["action"] in signs:
+            now += signs[event["action"]] * event["size"]
+            sizes.append(now)
+    if not sizes:
         raise ValueError(
             f"the snapshot has no memory history of device {device}: call "
             "torch.cuda.memory._record_memory_history() before the step"
         )
-    now, sizes = 0, []
-    for event in traces[device]:
-        if event["action"] == "alloc":
-            now += event["size"]
-        elif event["action"] in ("free_completed", "free"):
-            now -= event["size"] if event["action"] == "free_completed" else 0
-        else:
-            continue
-        sizes.append(now)
     below = min(0, *sizes)  # what was there before the history began is freed in it
     peak = max(range(len(sizes)), key=sizes.__getitem__)
     return [

@@ -22,7 +22,7 @@ class CompactionReport:
 
     Attributes:
         plans: one for each graph.
-        graph_breaks: reason → how often Dynamo broke a graph for it, in this process.
+        graph_breaks: reason → how often Dynamo broke a graph for it since the backend was made.
     """
 
     plans: tuple[Plan, ...]
@@ -51,7 +51,7 @@ class CompactionReport:
         ]
         if self.graph_breaks:
             breaks = sorted(self.graph_breaks.items(), key=lambda entry: -entry[1])
-            rows = [[count, reason.splitlines()[0]] for reason, count in breaks]
+            rows = [[count, reason.partition("\n")[0]] for reason, count in breaks]
             parts.append(tabulate(rows, ["graph breaks", "reason"], tablefmt=tablefmt))
         return "\n\n".join(parts)
 
@@ -118,7 +118,7 @@ def _weights(plan: Plan, tablefmt: str, wide: bool) -> str:
     sketched = {proxy.index for proxy in plan.proxies}
     for site in plan.sites:
         alike = (
-            re.sub(r"\d+", "#", site.weight),
+            _NUMBER.sub(_SLOT, site.weight),
             site.use,
             site.in_features,
             site.out_features,
@@ -173,7 +173,7 @@ def _crossing(plan: Plan, tablefmt: str, wide: bool) -> str:
     largest = sorted(alike.values(), key=lambda group: -sum(saved.bytes for saved in group))
     rows = [
         [
-            f"{sum(saved.bytes for saved in group) / 1e6:.3g}",
+            digits(sum(saved.bytes for saved in group) / 1e6),
             str(len(group)),
             f"{group[0].dtype} {group[0].shape}",
             group[0].op,
@@ -195,7 +195,12 @@ def arrow(before: int, after: int, unit: float) -> str:
     """`1.2 → 0.4`, in this unit; nothing where there was nothing."""
     if before == after == 0:
         return ""
-    return f"{before / unit:.3g} → {after / unit:.3g}"
+    return f"{digits(before / unit)} → {digits(after / unit)}"
+
+
+def digits(value: float) -> str:
+    """Three significant digits, and no exponent for large numbers."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
 def _shortened(text: str) -> str:
@@ -203,6 +208,10 @@ def _shortened(text: str) -> str:
 
 
 # --- names ---------------------------------------------------------------------------------------
+
+
+_NUMBER = re.compile(r"(?<![0-9])(?:0|[1-9][0-9]*)(?![0-9])")  # no 007: it is a name, not a number
+_SLOT = "\0"
 
 
 def merge_names(names: Sequence[str]) -> list[tuple[str, set[str]]]:
@@ -213,8 +222,8 @@ def merge_names(names: Sequence[str]) -> list[tuple[str, set[str]]]:
     """
     groups: dict[str, list[tuple[int, ...]]] = {}
     for name in names:
-        numbers = tuple(int(number) for number in re.findall(r"\d+", name))
-        groups.setdefault(re.sub(r"\d+", "#", name), []).append(numbers)
+        numbers = tuple(int(number) for number in _NUMBER.findall(name))
+        groups.setdefault(_NUMBER.sub(_SLOT, name), []).append(numbers)
     return [part for template, rows in groups.items() for part in _merged(template, rows)]
 
 
@@ -227,13 +236,13 @@ def _merged(template: str, rows: Sequence[tuple[int, ...]]) -> list[tuple[str, s
     parts: list[tuple[str, set[str]]] = []
     for first in choices[0]:
         rest = [row[1:] for row in rows if row[0] == first]
-        parts += _merged(template.replace("#", str(first), 1), rest)
+        parts += _merged(_fill(template, [str(first)]), rest)
     return parts
 
 
 def _fill(template: str, values: Iterable[str]) -> str:
     for value in values:
-        template = template.replace("#", value, 1)
+        template = template.replace(_SLOT, value, 1)
     return template
 
 

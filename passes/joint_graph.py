@@ -22,8 +22,9 @@ class JointGraph:
     Attributes:
         module: outputs are the forward's, then one gradient (or None) for each input.
         num_fwd_outputs: how many of the outputs are the forward's.
-        static_inputs: positions of placeholders that outlive the step: parameters and buffers.
+        static_inputs: positions of placeholders that outlive the step, as far as torch says so.
         weights: input index → qualified name, of the parameters.
+        buffers: input indices of the buffers.
         key_inputs: input indices of the projections' keys, in the plan's order.
         proxy_inputs: input indices of the plan's proxies; empty while the plan is being made.
         like_eager: cut it as eager autograd would, which recomputes nothing; to compare with.
@@ -33,6 +34,7 @@ class JointGraph:
     num_fwd_outputs: int
     static_inputs: tuple[int, ...]
     weights: Mapping[int, str]
+    buffers: frozenset[int] = frozenset()
     key_inputs: tuple[int, ...] = ()
     proxy_inputs: tuple[int, ...] = ()
     like_eager: bool = False
@@ -116,7 +118,7 @@ class JointGraph:
     def static_placeholders(self) -> set[fx.Node]:
         """Placeholders that outlive the step: parameters, buffers and keys."""
         placeholders = self.module.graph.find_nodes(op="placeholder")
-        lasting = {*self.weights, *self.key_inputs, *self.proxy_inputs}
+        lasting = {*self.weights, *self.buffers, *self.key_inputs, *self.proxy_inputs}
         return {
             node
             for position, node in enumerate(placeholders)

@@ -69,6 +69,9 @@ def rewrite_weight_grads(joint: JointGraph, plan: Plan) -> dict[int, fx.Node]:
         _replace(joint.module.graph, use, *sketches[site.sketch], stays_sketched.get(site.index))
     if joint.proxy_inputs:
         _return_factors(joint, plan)
+    else:  # a plan in the making, or to be looked at: the factors are in the weights' places
+        for proxy in plan.proxies:
+            _update_values(joint.gradients()[proxy.index])
     finish(joint.module)
     return {i: sketch for i, (_, sketch) in sketches.items()}
 
@@ -99,16 +102,18 @@ def _replace(
 ) -> None:
     old = use.matmul
     operands = list(old.args)
+    full = f"{old.name}_from_factor"
     with graph.inserting_before(old):
         operands[use.position] = (
             sketch if use.position == 1 else transposed(graph, sketch, like=old)
         )
-        new = factor = insert(graph, old.target, operands, like=old, name="factor")  # type: ignore[arg-type]
+        name = f"{old.name}_factor"
+        new = factor = insert(graph, old.target, operands, like=old, name=name)  # type: ignore[arg-type]
         if proxy is None and use.position == 1:
             back = transposed(graph, drawn, like=old)
-            new = _product(graph, factor, back, like=old, name="weight_grad")
+            new = _product(graph, factor, back, like=old, name=full)
         elif proxy is None:
-            new = _product(graph, drawn, factor, like=old, name="weight_grad")
+            new = _product(graph, drawn, factor, like=old, name=full)
     old.replace_all_uses_with(new)
     graph.erase_node(old)
 
@@ -145,9 +150,9 @@ def _return_factors(joint: JointGraph, plan: Plan) -> None:
     output.args = (outputs,)
 
 
-def _update_values(node: fx.Node) -> None:
+def _update_values(node: fx.Node | None) -> None:
     """New fake values from the factors down to the gradient: the shape has changed."""
-    if node.target in MATMULS:
+    if node is None or node.target in MATMULS:
         return
     for source in node.all_input_nodes:
         _update_values(source)

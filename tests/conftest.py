@@ -1,6 +1,6 @@
 """What several tests share: a small LLaMA, a batch, and gradients of a step."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -90,3 +90,25 @@ def relative_error() -> Callable[[Tensor, Tensor], float]:
         return ((actual - expected).norm() / expected.norm()).item()
 
     return error
+
+
+@pytest.fixture
+def kept_bytes() -> Callable[..., int]:
+    """What autograd keeps of a run, as its own hooks count it."""
+
+    def count(run: Callable[[], object], free: Iterable[Tensor]) -> int:
+        lasting = {tensor.untyped_storage().data_ptr() for tensor in free}
+        kept: dict[int, Tensor] = {}  # the tensors stay alive, so that no address is used twice
+
+        def pack(tensor: Tensor) -> Tensor:
+            address = tensor.untyped_storage().data_ptr()
+            if address not in lasting:
+                kept[address] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = run()
+        del output
+        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+    return count

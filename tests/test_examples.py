@@ -30,3 +30,19 @@ def test_configs_are_llamas(config: Path):
 
     llama = LlamaConfig(**json.loads(config.read_text()))
     assert llama.hidden_size % llama.num_attention_heads == 0
+
+
+def test_inspect_graphs_prints_both():
+    """A sketch in place of the linear layer's input, and of the block's matmul inputs."""
+    command = [sys.executable, str(EXAMPLES / "inspect_graphs.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    parts = dict(part.split("\n\n", 1) for part in done.stdout.split("\n=== ")[1:])
+    names = ("joint graph before", "diff", "forward", "backward")
+    assert list(parts) == [f"{model}: {name}" for model in ("linear", "block") for name in names]
+    assert "-grad_weight: f32[48, 64] = mm.default(" in parts["linear: diff"]
+    assert parts["linear: forward"].count("random_projection.default(") == 1
+    assert "random_projection" not in parts["block: joint graph before"]
+    assert parts["block: forward"].count("random_projection.default(") == 3  # qkv, gate/up, down
+    assert parts["block: backward"].count("random_projection.default(") == 4  # and o_proj, late
+    assert "grad_block_mlp_down_proj_weight_factor: f32[64, 44]" in parts["block: diff"]

@@ -23,6 +23,7 @@ print(json.dumps({
     "aot": [counters["aot_autograd"][f"autograd_cache_{x}"] for x in ("hit", "miss")],
     "fx": [counters["inductor"][f"fxgraph_cache_{x}"] for x in ("hit", "miss")],
     "report": backend.report().to_json(),
+    "text": backend.report().table(wide=True),
     "gradient": model[0].weight.grad.double().sum().item(),
 }))
 """
@@ -54,6 +55,8 @@ def test_caches_hit_and_miss_when_they_must(run, tmp_path: Path):
     assert warm["aot"] == [1, 0]
     assert warm["fx"][1] == 0
     assert warm["report"] == cold["report"]
+    assert warm["text"] == cold["text"]
+    assert "0.weight" in cold["text"]
     assert warm["gradient"] == cold["gradient"]
     assert run(rank=0.5)["aot"] == [0, 1]
     assert run(rank=0.25, projection="rademacher")["aot"] == [0, 1]

@@ -1,0 +1,187 @@
+"""The command line: tables, JSON, graphs; and one line for whatever a person gets wrong."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from compact_fx.__main__ import main
+
+TINY = Path(__file__).parents[2] / "examples" / "configs" / "llama_tiny.json"
+SMALL = ["--layers", "1", "--batch", "2", "--seq", "32"]
+
+
+def config(tmp_path: Path, **changes: object) -> str:
+    """A file with a small LLaMA's configuration and these changes."""
+    content = {**json.loads(TINY.read_text()), "num_hidden_layers": 1, **changes}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+    return str(path)
+
+
+def test_explain(capsys, tmp_path):
+    """Breakdown and report; pictures where asked for."""
+    pytest.importorskip("matplotlib")
+    plots = ["--plot", str(tmp_path / "m.png"), "--timeline", str(tmp_path / "t.png")]
+    assert main(["explain", "--hf-config", str(TINY), *SMALL, *plots]) == 0
+    printed = capsys.readouterr()
+    for word in ("compact, sketched", "optimizer", "model.layers.0.mlp.down_proj", "344 → 86"):
+        assert word in printed.out
+    assert (tmp_path / "m.png").stat().st_size > 10_000
+    assert (tmp_path / "t.png").stat().st_size > 10_000
+    assert "wrote" in printed.err
+
+
+def test_explain_as_json(capsys):
+    """Settings reach the plan; nothing else is on stdout."""
+    options = [
+        "--rank",
+        "16",
+        "--gradients",
+        "sketched",
+        "--projection",
+        "orthogonal",
+        "--no-recompute",
+        "--json",
+    ]
+    command = ["explain", "--hf-config", str(TINY), *SMALL, *options, "--dtype", "float32"]
+    assert main([*command, "--optimizer", "sgd"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    (graph,) = data["report"]["graphs"]
+    sites = {site["weight"]: site for site in graph["sites"]}
+    assert sites["model.layers.0.mlp.up_proj.weight"]["rank"] == 16
+    assert sites["model.layers.0.mlp.up_proj.weight"]["placement"] == "early"
+    assert not any("layers.1" in name for name in sites)
+    assert {saved["dtype"] for saved in graph["saved_after"]} >= {"float32"}
+    assert data["memory"]["eager"]["optimizer"] == 0
+
+
+@pytest.mark.parametrize("with_dot", [True, False])
+def test_graph(capsys, tmp_path, monkeypatch, with_dot):
+    """Text for each graph and the diff, and SVG if graphviz is there."""
+    programs, out = tmp_path / "bin", tmp_path / "new" / "graphs"
+    programs.mkdir()
+    if with_dot:
+        dot = programs / "dot"
+        dot.write_text(
+            '#!/bin/sh\n[ "$1 $2" = "-Tsvg -o" ] && { echo "<svg>"; /bin/cat; } > "$3"\n'
+        )
+        dot.chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs))
+    assert main(["graph", "--hf-config", str(TINY), *SMALL, "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    names = {"joint_before", "joint_after", "forward", "backward"}
+    files = {f"0_{name}.txt" for name in names} | {"0_diff.txt"}
+    files |= {f"0_{name}.svg" for name in names} if with_dot else set()
+    assert {path.name for path in out.iterdir()} == files
+    assert set(printed.out.split()) == {str(out / name) for name in files}
+    assert ("graphviz" in printed.err) is not with_dot
+    assert (
+        "random_projection"
+        in (out / "0_forward.txt").read_text() + (out / "0_backward.txt").read_text()
+    )
+    diff = (out / "0_diff.txt").read_text()
+    assert "-grad_model_layers_0_mlp_down_proj_weight: bf16[128, 344] = mm.default(" in diff
+    if with_dot:
+        assert "digraph" in (out / "0_joint_after.svg").read_text()
+
+
+def test_dot_that_fails(capsys, tmp_path, monkeypatch):
+    """One line, not a traceback."""
+    (tmp_path / "dot").write_text("#!/bin/sh\nexit 3\n")
+    (tmp_path / "dot").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["graph", "--hf-config", str(TINY), *SMALL, "--out", str(tmp_path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_env(capsys, monkeypatch):
+    """What a bug report needs."""
+    monkeypatch.setattr("compact_fx.__main__._inductor", lambda: "works")
+    assert main(["env"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("python", "torch", "triton", "CUDA", "Inductor", "works"):
+        assert word in printed
+
+
+def test_as_a_program():
+    """`python -m compact_fx`; an error is one line there too."""
+    command = [sys.executable, "-m", "compact_fx", "explain", "--hf-config", "none.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("compact_fx: cannot read none.json")
+    assert len(done.stderr.splitlines()) == 1
+
+
+WRONG_CONFIGS = [
+    ({"model_type": None}, "no model_type"),
+    ({"model_type": 5}, "no model_type"),
+    ({"model_type": "nonsense"}, "model_type 'nonsense' is not one"),
+    ({"architectures": ["NoSuchModel"]}, "architecture 'NoSuchModel' is not one"),
+    ({"architectures": ["LlamaConfig"]}, "makes no model"),
+    ({"architectures": "LlamaForCausalLM"}, "must be a list"),
+    ({"hidden_size": 100, "num_attention_heads": 3}, "100.*3"),
+    ({"hidden_size": "wide"}, "hidden_size"),
+    ({"vocab_size": -5}, "makes no model"),
+    (
+        {"model_type": "vit", "architectures": ["ViTModel"], "num_attention_heads": 4},
+        "does not train on 2 x 32 tokens",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG_CONFIGS)
+def test_wrong_configurations(capsys, tmp_path, changes, message):
+    """One line that says what is wrong, exit code 2."""
+    path = config(tmp_path, **changes)
+    assert main(["explain", "--hf-config", path, "--batch", "2", "--seq", "32"]) == 2
+    check_error(capsys, message)
+
+
+@pytest.mark.parametrize("content", ["no json", "[1, 2]", "", "\xff"])
+def test_files_that_are_no_configuration(capsys, tmp_path, content):
+    """Nor JSON, or not an object, or not text."""
+    path = tmp_path / "config.json"
+    path.write_bytes(content.encode("latin-1"))
+    assert main(["explain", "--hf-config", str(path)]) == 2
+    check_error(capsys, "cannot read|no model_type")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch", "0"], "--batch 0 must be ≥ 1"),
+        (["--seq", "-1"], "--seq -1 must be ≥ 1"),
+        (["--layers", "0"], "--layers 0 must be ≥ 1"),
+        (["--seq", "513"], "--seq 513 is more than max_position_embeddings 512"),
+        (["--rank", "0"], "rank=0 must be a float in"),
+        (["--rank", "2.0"], "rank=2.0 must be a float in"),
+        (["--rank", "-1"], "rank=-1.0 must be"),
+        (["--plot", "/dev/null/x.png"], "/dev/null"),
+    ],
+)
+def test_impossible_shapes_and_settings(capsys, options, message):
+    """The same for what is typed."""
+    assert main(["explain", "--hf-config", str(TINY), *SMALL, *options]) == 2
+    check_error(capsys, message)
+
+
+@pytest.mark.parametrize("arguments", [[], ["explain"], ["explain", "--rank", "x"], ["fly"]])
+def test_usage(capsys, arguments):
+    """argparse's own errors have the same exit code."""
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def check_error(capsys, message):
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith("compact_fx: ")
+    assert re.search(message, line), line

@@ -1,0 +1,213 @@
+"""Reports: names merged, totals that add up and that autograd's own hooks count, stable data."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from compact_fx import CompactionReport, Plan, Saved, Site, compact_backend
+from compact_fx.report import arrow, merge_names
+
+
+class Scaled(nn.Module):
+    """Two linear layers, buffers that the backward reads, and perhaps a graph break."""
+
+    def __init__(self, graph_break: bool = False):
+        super().__init__()
+        self.graph_break = graph_break
+        self.first, self.second = nn.Linear(64, 96), nn.Linear(96, 64)
+        self.register_buffer("scale", torch.rand(96))
+        self.register_buffer("shift", torch.rand(64), persistent=False)
+
+    def forward(self, x):
+        x = (self.first(x) * self.scale).tanh()
+        if self.graph_break:
+            torch._dynamo.graph_break()
+        return self.second(x) * self.shift
+
+
+def report_of(model, *args, **kwargs):
+    backend = compact_backend(rank=0.25, inner="aot_eager", strict=True)
+    torch.compile(model, backend=backend)(*args, **kwargs)
+    return backend.report()
+
+
+@pytest.mark.parametrize(
+    ("names", "patterns"),
+    [
+        (["lm_head.weight"], ["lm_head.weight"]),
+        (["h.0.w", "h.1.w", "h.2.w"], ["h.{0-2}.w"]),
+        (["h.7.w", "h.0.w", "h.2.w", "h.1.w"], ["h.{0-2,7}.w"]),
+        (["h.3.w"], ["h.3.w"]),
+        (["h.9.w", "h.10.w"], ["h.{9-10}.w"]),
+        ([f"h.{i}.e.{j}.w" for i in (0, 1) for j in (0, 1, 2)], ["h.{0-1}.e.{0-2}.w"]),
+        # layer 1 has no expert 1: h.{0-1}.e.{0-1} would claim one that is not there
+        (["h.0.e.0.w", "h.0.e.1.w", "h.1.e.0.w"], ["h.0.e.{0-1}.w", "h.1.e.0.w"]),
+        (["conv1.w", "conv2.w", "head.w"], ["conv{1-2}.w", "head.w"]),
+        (["block01.w", "block02.w", "block1.w"], ["block01.w", "block02.w", "block1.w"]),
+        (["a#.1.w", "a#.2.w"], ["a#.{1-2}.w"]),
+        ([], []),
+    ],
+)
+def test_names_are_merged(names, patterns):
+    """Each pattern stands for exactly the names that are there."""
+    merged = merge_names(names)
+    assert [pattern for pattern, _ in merged] == patterns
+    stood_for = [name for _, members in merged for name in members]
+    assert sorted(stood_for) == sorted(names)
+
+
+def test_repeated_layers_are_one_row(make_llama, tokens):
+    """A row has its weights' number and their sums."""
+    backend = compact_backend(rank=0.25, inner="aot_eager", strict=True, exclude=("*.1.*gate*",))
+    torch.compile(make_llama(layers=3), backend=backend)(input_ids=tokens, labels=tokens)
+    report = backend.report()
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in report.table("github", wide=True).splitlines()
+    ]
+    rows = {row[0]: row for row in cells}
+    down = rows["model.layers.{0-2}.mlp.down_proj.weight"]
+    assert down[1:4] == ["3", "176 → 44", "late"]
+    flops = 2 * 256 * 176 * 64  # one weight gradient: tokens × in × out
+    (site, *_) = [s for s in report.plans[0].sites if "down_proj" in s.weight]
+    assert site.flops_before == flops
+    assert down[5] == arrow(3 * flops, 3 * site.flops_after, 1e9)
+    assert down[6:8] == ["64", "dense"]
+    assert rows["model.layers.{0,2}.mlp.gate_proj.weight"][1] == "2"
+    assert "in exclude" in rows["model.layers.1.mlp.gate_proj.weight"][-1]
+    assert "no matmul" in rows["model.embed_tokens.weight"][-1]
+
+
+def test_wide_and_narrow(make_llama, tokens):
+    """Narrow lines are shorter; wide ones say everything."""
+    report = report_of(make_llama(), input_ids=tokens, labels=tokens)
+    narrow, wide = report.table(), report.table(wide=True)
+    assert str(report) == narrow
+    assert "…" in narrow
+    assert "…" not in wide
+    assert len(wide.splitlines()) > len(narrow.splitlines())  # all tensors, not the largest eight
+    assert "what crosses" in narrow
+    assert "modeling_llama.py" in narrow
+    assert "|---" in report.table("github")
+
+
+def test_large_numbers_have_no_exponent():
+    """Three digits that mean something, and a reader who need not count zeros."""
+    assert arrow(17_600_000_000, 123_456, 1e6) == "17600 → 0.123"
+    assert arrow(999_600, 999_400, 1e3) == "1000 → 999"
+    assert arrow(0, 0, 1.0) == ""
+
+
+def test_data_has_stable_names(make_llama, tokens):
+    """Other programs read these; the totals are sums, and JSON holds the same."""
+    report = report_of(make_llama(), input_ids=tokens, labels=tokens)
+    data = report.to_dict()
+    assert list(data) == ["version", "totals", "graphs", "graph_breaks"]
+    totals = ["weights", "sketched", "bytes_before", "bytes_after", "flops_before", "flops_after"]
+    assert list(data["totals"]) == totals
+    (graph,) = data["graphs"]
+    assert list(graph) == ["totals", "sites", "saved_before", "saved_after"]
+    assert list(graph["sites"][0]) == [
+        "weight",
+        "index",
+        "use",
+        "in_features",
+        "out_features",
+        "rank",
+        "placement",
+        "reason",
+        "sketch",
+        "projection",
+        "bytes_before",
+        "bytes_after",
+        "flops_before",
+        "flops_after",
+    ]
+    names = ["name", "op", "shape", "dtype", "bytes", "kind", "readers", "source"]
+    assert list(graph["saved_before"][0]) == list(graph["saved_after"][0]) == names
+    for when in ("before", "after"):
+        crossing = sum(saved["bytes"] for saved in graph[f"saved_{when}"])
+        assert data["totals"][f"bytes_{when}"] == crossing > 0
+        flops = sum(site[f"flops_{when}"] for site in graph["sites"])
+        assert data["totals"][f"flops_{when}"] == flops > 0
+    as_lists = json.loads(json.dumps(data))
+    assert json.loads(report.to_json()) == as_lists
+    assert data["version"] == 1
+
+
+def test_totals_are_of_all_graphs():
+    """Two graphs of known sizes."""
+
+    def plan(size: int) -> Plan:
+        saved = Saved(
+            name="x",
+            op="mm.default",
+            shape="(1,)",
+            dtype="float32",
+            bytes=size,
+            kind="matmul input",
+            readers=("mm.default",),
+            source="",
+        )
+        site = Site(weight="w", index=0, flops_before=10 * size, flops_after=size)
+        return Plan(sites=(site,), saved_before=(saved, saved), saved_after=(saved,))
+
+    report = CompactionReport(plans=(plan(4), plan(6)), graph_breaks={})
+    assert report.to_dict()["totals"] == {
+        "weights": 2,
+        "sketched": 0,
+        "bytes_before": 20,
+        "bytes_after": 10,
+        "flops_before": 100,
+        "flops_after": 10,
+    }
+
+
+def test_graph_breaks_are_shown_and_counted_once():
+    """Those of earlier models are not this backend's."""
+    x = torch.randn(32, 64)
+    report = report_of(Scaled(graph_break=True), x)
+    assert len(report.plans) == 2
+    assert list(report.graph_breaks.values()) == [1]
+    assert "graph_break()" in report.table().splitlines()[-1]
+    assert report_of(Scaled(), x).graph_breaks == {}
+
+
+def test_nothing_compiled():
+    """A sentence, and data all the same."""
+    report = compact_backend().report()
+    assert "nothing was compiled" in str(report)
+    assert report.to_dict()["totals"]["weights"] == 0
+
+
+@pytest.mark.parametrize(("inner", "recompute"), [("aot_eager", False), ("inductor", True)])
+def test_totals_are_what_autograd_keeps(make_llama, tokens, kept_bytes, inner, recompute):
+    """To the byte: torch.compile's own partition before, ours after, on a real run."""
+    model = make_llama(layers=1)
+    backend = compact_backend(rank=0.25, inner=inner, recompute=recompute, strict=True)
+    lasting = [*model.parameters(), *model.buffers()]
+
+    def run(compiled):
+        return kept_bytes(lambda: compiled(input_ids=tokens, labels=tokens).loss, lasting)
+
+    kept = run(torch.compile(model, backend=backend))
+    (plan,) = backend.plans
+    keys = 8 * len(plan.projections)  # 0-d int64 inputs, there for the whole step
+    assert plan.bytes_after == kept - keys
+    torch._dynamo.reset()
+    plain = "inductor" if inner == "inductor" else "aot_eager_decomp_partition"
+    assert plan.bytes_before == run(torch.compile(model, backend=plain))
+    assert plan.bytes_after < plan.bytes_before
+
+
+def test_buffers_do_not_cross(kept_bytes):
+    """The backward reads them, and they are there anyway."""
+    model, x = Scaled(), torch.randn(32, 64)
+    backend = compact_backend(rank=0.25, inner="aot_eager", strict=True)
+    compiled = torch.compile(model, backend=backend)
+    kept = kept_bytes(lambda: compiled(x), [*model.parameters(), *model.buffers()])
+    (plan,) = backend.plans
+    assert plan.bytes_after == kept - 8 * len(plan.projections)
+    assert "(96,)" not in [saved.shape for saved in plan.saved_before]
