@@ -56,7 +56,8 @@ class JointGraph:
         values += [weights[p.index].meta["val"].new_empty(1).expand(p.shape) for p in proxies]
         for index, value in enumerate(values, first):
             with graph.inserting_after(last):
-                last = graph.placeholder(f"compact_input_{index}")
+                kind = "key" if index < first + count else "proxy"
+                last = graph.placeholder(f"{kind}_{index}")
             last.meta["val"] = value
             _torch.set_input_index(last, index)
         end = first + len(values)

@@ -67,11 +67,8 @@ def rewrite_weight_grads(joint: JointGraph, plan: Plan) -> dict[int, fx.Node]:
             key = keys[site.projection]
             sketches[site.sketch] = _sketch(joint.module.graph, use, site, plan, key)
         _replace(joint.module.graph, use, *sketches[site.sketch], stays_sketched.get(site.index))
-    if joint.proxy_inputs:
+    if plan.proxies:
         _return_factors(joint, plan)
-    else:  # a plan in the making, or to be looked at: the factors are in the weights' places
-        for proxy in plan.proxies:
-            _update_values(joint.gradients()[proxy.index])
     finish(joint.module)
     return {i: sketch for i, (_, sketch) in sketches.items()}
 
@@ -150,9 +147,9 @@ def _return_factors(joint: JointGraph, plan: Plan) -> None:
     output.args = (outputs,)
 
 
-def _update_values(node: fx.Node | None) -> None:
+def _update_values(node: fx.Node) -> None:
     """New fake values from the factors down to the gradient: the shape has changed."""
-    if node is None or node.target in MATMULS:
+    if node.target in MATMULS:
         return
     for source in node.all_input_nodes:
         _update_values(source)
