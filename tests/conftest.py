@@ -13,6 +13,10 @@ from compact_fx import CompactBackend
 Gradients = dict[str, Tensor]
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # there is a worker for each core
+
+
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
     """No compiled code is carried over from another test."""
