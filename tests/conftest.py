@@ -1,5 +1,6 @@
 """What several tests share: a small LLaMA, a batch, and gradients of a step."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
