@@ -1,6 +1,5 @@
 """What several tests share: a small LLaMA, a batch, and gradients of a step."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -14,8 +13,8 @@ from compact_fx import CompactBackend
 Gradients = dict[str, Tensor]
 
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # there is a worker for each core
+# There is a worker for each core, and tensors this small are slower on several threads.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -210,15 +210,6 @@ ARCHITECTURES = {
 LEFT_ALONE = ("index_put", "convolution_backward", "sum.dim", "mul.Tensor", "frozen", "in_features")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tensors this small are slower on several threads, many times so on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def build(name):
     """The model, the same each time, and its batch."""
     model_class, settings, batch = ARCHITECTURES[name]

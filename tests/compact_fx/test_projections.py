@@ -33,15 +33,6 @@ EXTREME_KEYS = (0, 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tensors this small are slower on several threads, many times so on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def key_of(seed, salt=0, generation=0):
     return torch.tensor(fold_in(seed, salt, generation), dtype=torch.int64)
 

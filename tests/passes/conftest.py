@@ -136,12 +136,3 @@ def evaluate_cut():
 @pytest.fixture
 def ops_of():
     return _ops_of
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tensors this small are slower on several threads, many times so on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
