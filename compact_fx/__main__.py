@@ -99,18 +99,14 @@ def _graph(args: argparse.Namespace) -> None:
     found = _explained(args)
     args.out.mkdir(parents=True, exist_ok=True)
     for number, graphs in enumerate(found.graphs):
-        modules = {
-            "joint_before": graphs.joint_before,
-            "joint_after": graphs.joint_after,
-            "forward": graphs.forward,
-            "backward": graphs.backward,
-        }
-        written = [_write(args.out / f"{number}_diff.txt", graphs.diff())]
-        for name, module in modules.items():
-            text = module.print_readable(print_output=False)
-            written.append(_write(args.out / f"{number}_{name}.txt", text))
-            if shutil.which("dot"):
-                written.append(_draw(module, args.out / f"{number}_{name}.svg"))
+        written = [
+            _write(args.out / f"{number}_{name}.txt", text) for name, text in graphs.texts().items()
+        ]
+        if shutil.which("dot"):
+            modules = graphs.modules().items()
+            written += [
+                _draw(module, args.out / f"{number}_{name}.svg") for name, module in modules
+            ]
         print("\n".join(map(str, written)))
     if not shutil.which("dot"):
         print("no pictures: graphviz's `dot` is not installed", file=sys.stderr)

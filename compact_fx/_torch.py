@@ -202,12 +202,17 @@ def graph_breaks(since: Mapping[str, int] | None = None) -> dict[str, int]:
     return dict(Counter(counters["graph_break"]) - Counter(since))
 
 
-def trace_artifact(name: str, encoding: str, content: Callable[[], str]) -> None:
-    """An artifact for tlparse, if TORCH_TRACE is set; `content` is called only then."""
+def is_traced() -> bool:
+    """Whether structured artifacts are written, for tlparse."""
+    return bool(os.environ.get("TORCH_TRACE"))
+
+
+def trace_artifact(name: str, encoding: str, content: str) -> None:
+    """An artifact for tlparse, if TORCH_TRACE is set."""
     trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": name, "encoding": encoding},
-        payload_fn=content,
+        payload_fn=lambda: content,
     )
 
 

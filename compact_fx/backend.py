@@ -95,8 +95,9 @@ class CompactBackend:
     def _record(self, analysis: "Analysis") -> None:
         plan = analysis.plan
         self.plans.append(plan)
-        if analysis.graphs is not None:
-            self.graphs.append(analysis.graphs)
+        graphs = analysis.graphs
+        if graphs is not None and self.config.keep_graphs:
+            self.graphs.append(graphs)
         number = len(self.plans) - 1
         log.info(
             "graph %d: %d of %d weight gradients sketched, %d → %d bytes kept for backward",
@@ -108,13 +109,11 @@ class CompactBackend:
         )
         for site in plan.sites:
             log.debug("graph %d: %s", number, site)
-        _torch.trace_artifact(
-            f"compact_fx_plan_{number}",
-            "json",
-            CompactionReport(plans=(plan,), graph_breaks={}).to_json,
-        )
-        if analysis.graphs is not None:
-            _torch.trace_artifact(f"compact_fx_diff_{number}", "string", analysis.graphs.diff)
+        report = CompactionReport(plans=(plan,), graph_breaks={})
+        _torch.trace_artifact(f"compact_fx_plan_{number}", "json", report.to_json())
+        if graphs is not None and _torch.is_traced():
+            for name, text in graphs.texts().items():
+                _torch.trace_artifact(f"compact_fx_{name}_{number}", "string", text)
         self._check_patterns(plan)
         reasons = sorted({site.reason for site in plan.sites if site.in_features})
         if reasons and not plan.sketched:
@@ -171,7 +170,7 @@ class Analysis:
     """What the first phase finds in one graph.
 
     Attributes:
-        graphs: None unless they are kept.
+        graphs: None unless they are kept or traced.
     """
 
     plan: Plan
@@ -256,7 +255,7 @@ class GraphCompiler:
 
         def visitor(joint: JointGraph) -> Analysis:
             plan = choose_sites(joint, self._config)
-            keep = self._config.keep_graphs
+            keep = self._config.keep_graphs or _torch.is_traced()
             return Analysis(plan, CompactedGraphs(named(joint), plan) if keep else None)
 
         return self.visit(visitor)

@@ -64,6 +64,19 @@ class CompactedGraphs:
         """Both sides of the boundary, as torch.compile makes them without this project."""
         return partition(self._joint.copy(), recompute=False)
 
+    def modules(self) -> dict[str, fx.GraphModule]:
+        """All graphs by name, in the order in which they come about."""
+        names = ("joint_before", "joint_after", "forward", "backward")
+        return {name: getattr(self, name) for name in names}
+
+    def texts(self) -> dict[str, str]:
+        """By name, what a person may want to read: the diff, and each graph."""
+        readable = {
+            name: module.print_readable(print_output=False)
+            for name, module in self.modules().items()
+        }
+        return {"diff": self.diff(), **readable}
+
     def diff(self) -> str:
         """Lines of the joint graph that the rewriting took out (-) and put in (+)."""
         lines = difflib.unified_diff(

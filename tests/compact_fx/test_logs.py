@@ -17,7 +17,7 @@ SCRIPT = """
 import torch
 from compact_fx import compact_backend
 model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 64))
-backend = compact_backend(inner="aot_eager", strict=True, keep_graphs=True)
+backend = compact_backend(inner="aot_eager", strict=True)
 torch.compile(model, backend=backend)(torch.randn(32, 64))
 """
 
@@ -62,7 +62,7 @@ def test_torch_logs(traced):
 
 
 def test_torch_trace(traced):
-    """The plan as JSON and the diff as text are artifacts that tlparse shows."""
+    """The plan as JSON, the diff and the graphs as text are artifacts that tlparse shows."""
     _, lines = traced
     artifacts = {}
     for number, line in enumerate(lines):
@@ -75,7 +75,8 @@ def test_torch_trace(traced):
                     break
                 payload.append(later[1:])
             artifacts[metadata["name"]] = metadata["encoding"], "\n".join(payload)
-    assert set(artifacts) == {"compact_fx_plan_0", "compact_fx_diff_0"}
+    graphs = {f"compact_fx_{n}_0" for n in ("joint_before", "joint_after", "forward", "backward")}
+    assert set(artifacts) == {"compact_fx_plan_0", "compact_fx_diff_0", *graphs}
     encoding, plan = artifacts["compact_fx_plan_0"]
     assert encoding == "json"
     assert json.loads(plan)["totals"]["sketched"] == 2
