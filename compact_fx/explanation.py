@@ -1,6 +1,7 @@
 """What training would take, without running or allocating anything."""
 
 import copy
+import inspect
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -147,10 +148,11 @@ def explain(
     names = {field.name for field in fields(CompactConfig)}
     config = config_from({k: v for k, v in kwargs.items() if k in names})
     inputs = {k: v for k, v in kwargs.items() if k not in names}
+    _check_arguments(model, inputs, names)
     breaks = _torch.graph_breaks()
     with _torch.fake_mode(), torch.enable_grad():
         model, args, inputs = _faked((_torch.uncompiled(model), args, inputs))
-        analyser = _Analyser(config, like_eager)
+        analyser = _Analyser(config, like_eager, given=_torch.tree_leaves((args, inputs)))
         output = _torch.call_compiled(model, analyser, args, inputs)
         outside = _memory_of_loss(output, loss)
         eager, saved = _memory_of_eager(model, args, inputs, loss)
@@ -188,6 +190,19 @@ def explain(
     return Explanation(report=report, memory=memory, graphs=tuple(graphs_of))
 
 
+def _check_arguments(model: nn.Module, inputs: Mapping[str, Any], settings: set[str]) -> None:
+    """Name what is neither a setting nor an argument: a setting may be misspelt."""
+    parameters = inspect.signature(model.forward).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for name in inputs:
+        if name not in parameters:
+            raise TypeError(
+                f"{name!r} is neither an argument of the model's forward nor a setting; "
+                f"settings: {', '.join(sorted(settings))}"
+            )
+
+
 # --- the compiled graphs -------------------------------------------------------------------------
 
 
@@ -203,7 +218,8 @@ class _Found:
 class _Analyser:
     """A backend that analyses graphs and runs them as they are."""
 
-    def __init__(self, config: CompactConfig, like_eager: bool) -> None:
+    def __init__(self, config: CompactConfig, like_eager: bool, given: Iterable[Any]) -> None:
+        self._given = {t.untyped_storage()._cdata for t in given if _is_tensor(t)}
         self._config = config
         self._like_eager = like_eager
         self._options = _torch.inductor_options(config.mode, config.options)
@@ -226,11 +242,20 @@ class _Analyser:
             )
             for gradients in ("dense", "sketched")
         }
-        memory = {
-            COMPILED: graph_memory(graphs["dense"].cut_before, joint),
-            DENSE: graph_memory(graphs["dense"].cut, joint),
-            SKETCHED: graph_memory(graphs["sketched"].cut, joint),
+        intermediate = {
+            index
+            for index, value in enumerate(inputs)
+            if _is_tensor(value)
+            and not isinstance(value, nn.Parameter)
+            and value.untyped_storage()._cdata not in self._given
+            and index not in joint.buffers
         }
+        cuts = {
+            COMPILED: graphs["dense"].cut_before,
+            DENSE: graphs["dense"].cut,
+            SKETCHED: graphs["sketched"].cut,
+        }
+        memory = {way: graph_memory(cut, joint, intermediate) for way, cut in cuts.items()}
         return _Found(graphs, memory, inputs)
 
     def sketched(self, weights: Sequence[Tensor]) -> tuple[int, int]:
@@ -281,7 +306,7 @@ def _is_tensor(value: Any) -> bool:
 
 def _scalar(output: Any, loss: Callable[[Any], Tensor] | None) -> Tensor:
     if loss is not None:
-        return loss(output)
+        return _called(loss, output)
     own = getattr(output, "loss", None)
     if own is not None:
         return own  # type: ignore[no-any-return]
@@ -289,6 +314,20 @@ def _scalar(output: Any, loss: Callable[[Any], Tensor] | None) -> Tensor:
         if tensor.requires_grad:
             return tensor.sum()  # type: ignore[no-any-return]
     raise ValueError("nothing in the model's output needs a gradient: is every weight frozen?")
+
+
+def _called(loss: Callable[[Any], Tensor], output: Any) -> Tensor:
+    try:
+        scalar = loss(output)
+    except Exception as error:
+        devices = {str(t.device) for t in _torch.tree_leaves(output) if _is_tensor(t)}
+        raise ValueError(
+            f"loss={loss!r} failed: {error}. It is called with tensors without data on "
+            f"{', '.join(sorted(devices))}: other tensors that it reads have to be there too"
+        ) from error
+    if not _is_tensor(scalar) or scalar.numel() != 1:
+        raise ValueError(f"loss={loss!r} must return a tensor with one element, not {scalar!r}")
+    return scalar
 
 
 def _memory_of_loss(output: Any, loss: Callable[[Any], Tensor] | None) -> tuple[Moment, ...]:
@@ -310,9 +349,9 @@ def _memory_of_eager(
     model: nn.Module, args: Any, inputs: Any, loss: Callable[[Any], Tensor] | None
 ) -> tuple[tuple[Moment, ...], int]:
     """Live memory of a step without a compiler, and the bytes that autograd keeps."""
-    lasting = [*model.parameters(), *model.buffers(), *_torch.tree_leaves((args, inputs))]
-    lasting = [tensor for tensor in lasting if _is_tensor(tensor)]
-    free = {tensor.untyped_storage()._cdata for tensor in lasting}
+    own = [*model.parameters(), *model.buffers()]
+    lasting = [*own, *filter(_is_tensor, _torch.tree_leaves((args, inputs)))]
+    free = {tensor.untyped_storage()._cdata for tensor in own}
     saved: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:

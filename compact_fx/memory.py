@@ -1,7 +1,7 @@
 """How many bytes are alive at each operator of a training step, predicted from its graphs."""
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,19 +37,23 @@ class GraphMemory:
     Attributes:
         forward, backward: live bytes at each operator, without what is there for the whole step.
         saved: bytes that cross from one to the other.
+        held: those of them that are not there for the whole step anyway.
         gradients: bytes that are left when the backward is over.
     """
 
     forward: tuple[Moment, ...]
     backward: tuple[Moment, ...]
     saved: int
+    held: int
 
     @property
     def gradients(self) -> int:
         return self.backward[-1].bytes
 
 
-def graph_memory(cut: Partition, joint: JointGraph) -> GraphMemory:
+def graph_memory(
+    cut: Partition, joint: JointGraph, intermediate: Collection[int] = ()
+) -> GraphMemory:
     """Follow the memory of both graphs of a partition, operator by operator.
 
     Inductor writes a pointwise result to memory only where a kernel that cannot compute it on the
@@ -58,16 +62,24 @@ def graph_memory(cut: Partition, joint: JointGraph) -> GraphMemory:
 
     Args:
         cut: the partition.
-        joint: what it is of; its inputs are there for the whole step.
+        joint: what it is of; its inputs are there for the whole step,
+        intermediate: but for those at these indices, which come from another graph.
     """
     inputs = joint.module.graph.find_nodes(op="placeholder")
-    lasting = {storage_of(n) for n in inputs if is_tensor(n) and "tangents" not in str(n.target)}
+    lasting = {
+        storage_of(node)
+        for node in inputs
+        if is_tensor(node)
+        and "tangents" not in str(node.target)
+        and _torch.input_index(node) not in intermediate
+    }
     results = {storage_of(node) for node in cut.results if is_tensor(node)}
     forward = _moments(cut.forward, "forward", lasting, kept=results | cut.storages)
     gradients = filter(is_tensor, cut.backward.graph.output_node().all_input_nodes)
     kept = {storage_of(node) for node in gradients}
     backward = _moments(cut.backward, "backward", lasting, kept)
-    return GraphMemory(tuple(forward), tuple(backward), cut.bytes)
+    held = sum(cut.saved_by_storage[storage].bytes for storage in cut.storages - lasting)
+    return GraphMemory(tuple(forward), tuple(backward), cut.bytes, held)
 
 
 def step_timeline(graphs: Sequence[GraphMemory], between: Sequence[Moment] = ()) -> list[Moment]:
@@ -79,10 +91,10 @@ def step_timeline(graphs: Sequence[GraphMemory], between: Sequence[Moment] = ())
     base = 0
     for graph in graphs:
         moments += _above(base, graph.forward)
-        base += graph.saved
+        base += graph.held
     moments += _above(base, between)
     for graph in reversed(graphs):
-        base -= graph.saved
+        base -= graph.held
         moments += _above(base, graph.backward)
         base += graph.gradients
     return moments
