@@ -267,11 +267,11 @@ class GraphCompiler:
         plan = analysis.plan
         schedule = KeySchedule(plan, self._config.seed, self._config.update_interval)
         owners = plan.owners
-        proxy_inputs = ProxyInputs(plan, schedule)
+        proxy_inputs = ProxyInputs(plan)
 
         def extra_inputs(arguments: Sequence[Any]) -> list[Tensor]:
-            keys = schedule.keys([arguments[index] for index in owners])
-            return [*keys, *proxy_inputs.proxies(arguments)]
+            drawn = schedule.keys([arguments[index] for index in owners])
+            return [*drawn.keys, *proxy_inputs.proxies(arguments, drawn)]
 
         module = _torch.copy_graph_module(self._module)
         extra = extra_inputs(self._example_inputs)

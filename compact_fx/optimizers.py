@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compact_fx.projections import KINDS, Projection
 from compact_fx.proxies import call_after_sketched_grad
-from compact_fx.schedule import set_steps, steps_of
+from compact_fx.schedule import count_step, counted_steps, set_steps, steps_of
 from compact_fx.sketched_grad import Basis, ConsumedGrad, SketchedGrad
 
 Refresh = Literal["keep", "project", "reset"]
@@ -18,6 +18,7 @@ REFRESHES: tuple[Refresh, ...] = ("keep", "project", "reset")
 # One int64 tensor in a weight's state says what its moments are expressed in, and how many steps
 # the weight has seen. A tensor, since distributed checkpoints load plain numbers to another place.
 _BASIS = "basis"
+_STEPS = "projection_steps"  # of a weight whose state is that of a dense one
 _NUMBERS = ("key", "salt", "in_features", "rank", "kind", "in_dim", "steps")
 
 
@@ -165,7 +166,8 @@ class CompactOptimizer(torch.optim.Optimizer):
         factor = gradient.factor
         decay = group.get("weight_decay", 0.0)
         if decay and not self._is_decoupled(group):
-            factor = factor + decay * gradient.basis.compress(weight)
+            sign = -1 if group.get("maximize") else 1  # the inner optimizer negates what it gets
+            factor = factor + sign * decay * gradient.basis.compress(weight)
         dtype = self._state_dtype or factor.dtype
         stand_in = torch.empty_like(factor, dtype=dtype)
         stand_in.grad = factor.to(dtype)
@@ -193,6 +195,10 @@ class CompactOptimizer(torch.optim.Optimizer):
             if found_inf is not None and found_inf.item():
                 keep = 1.0  # a fused step that the scaler skips
         update = stand_in.to(weight.dtype)
+        if isinstance(self, torch.optim.Adafactor):  # its steps are relative to the weight's size
+            smallest = group["eps"][1]
+            rms = weight.square().mean().sqrt()
+            update = update * (rms.clamp(min=smallest) / smallest)
         left, right = (update, p.T) if basis.is_last(weight) else (p, update)
         if weight.dim() == 2:
             weight.addmm_(left, right, beta=keep, alpha=group["scale"])
@@ -268,6 +274,7 @@ class CompactOptimizer(torch.optim.Optimizer):
             for group in optimizer.param_groups:
                 if any(weight is own for own in group["params"]):
                     optimizer._step([{**group, "params": [weight]}])
+                    count_step([weight])
             weight.grad = ConsumedGrad(weight)
 
         def step_dense(weight: Tensor) -> None:
@@ -283,8 +290,11 @@ class CompactOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers only; with each sketched weight's position in its interval."""
         for weight, state in self.state.items():
+            steps = counted_steps(weight)
             if _BASIS in state:
                 state[_BASIS][_NUMBERS.index("steps")] = steps_of(weight)
+            elif steps is not None:  # sketched in the graph, dense for its optimizer
+                state[_STEPS] = torch.tensor(steps, dtype=torch.int64)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -297,6 +307,9 @@ class CompactOptimizer(torch.optim.Optimizer):
         weights = [weight for group in self.param_groups for weight in group["params"]]
         for name, weight in zip(names, weights, strict=True):
             saved = state_dict["state"].get(name, {})
+            if _STEPS in saved:
+                set_steps([weight], int(saved[_STEPS]))
+                self.state[weight][_STEPS] = saved[_STEPS].detach().cpu().clone()
             if _BASIS not in saved:
                 continue
             for entry, value in saved.items():

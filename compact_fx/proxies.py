@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from compact_fx import _torch
 from compact_fx.plan import Plan, Proxy
-from compact_fx.schedule import KeySchedule
+from compact_fx.schedule import Drawn
 from compact_fx.sketched_grad import Basis, ConsumedGrad, SketchedGrad
 
-_Leaf = tuple[Basis, torch.dtype, torch.device]
+_Leaf = tuple[Basis, tuple[int, ...], torch.dtype, torch.device]
 _proxies: MutableMapping[Tensor, dict[_Leaf, Tensor]] = WeakTensorKeyDictionary()
+# What a checkpoint has recomputed in, until the gradient of the weight arrives.
+_recomputed: MutableMapping[Tensor, Basis] = WeakTensorKeyDictionary()
 _listeners: MutableMapping[Tensor, Callable[[Tensor], None]] = WeakTensorKeyDictionary()
 
 
@@ -37,32 +40,33 @@ def refuse_distributed() -> None:
 class ProxyInputs:
     """The proxy inputs of one compiled graph."""
 
-    def __init__(self, plan: Plan, schedule: KeySchedule) -> None:
+    def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._schedule = schedule
-        self._bases: list[Basis] = []
-        self._values: list[int] | None = None  # the keys that the bases are of
+        self._bases: MutableMapping[Drawn, list[Basis]] = weakref.WeakKeyDictionary()
 
-    def proxies(self, arguments: Sequence[Any]) -> list[Tensor]:
+    def proxies(self, arguments: Sequence[Any], drawn: Drawn) -> list[Tensor]:
         """One proxy for each weight whose gradient stays sketched, for the keys of this call."""
         proxies = self._plan.proxies
         if proxies:
             refuse_distributed()
-        values = self._schedule.values
-        if self._values is not values:
-            self._values = values
-            self._bases = [
+        bases = self._bases.get(drawn)
+        if bases is None:
+            bases = self._bases[drawn] = [
                 Basis(
                     projection=self._plan.projections[proxy.projection],
-                    key=values[proxy.projection],
+                    key=drawn.values[proxy.projection],
                     in_dim=proxy.in_dim,
                 )
                 for proxy in proxies
             ]
-        return [
-            proxy_of(arguments[proxy.index], proxy, basis)
-            for proxy, basis in zip(proxies, self._bases, strict=True)
-        ]
+        recomputes = _torch.in_backward()
+        leaves = []
+        for proxy, basis in zip(proxies, bases, strict=True):
+            weight = arguments[proxy.index]
+            if recomputes:
+                _recomputed[weight] = basis
+            leaves.append(proxy_of(weight, proxy, basis))
+        return leaves
 
 
 def proxy_of(weight: Tensor, proxy: Proxy, basis: Basis) -> Tensor:
@@ -72,7 +76,7 @@ def proxy_of(weight: Tensor, proxy: Proxy, basis: Basis) -> Tensor:
     gradient in the basis of its forward.
     """
     own = _proxies.setdefault(weight, {})
-    kind = (basis, weight.dtype, weight.device)
+    kind = (basis, proxy.shape, weight.dtype, weight.device)
     if kind not in own:
         own.clear()  # leaves of old bases live on in the graphs that use them
         leaf = torch.zeros(1, dtype=weight.dtype, device=weight.device).expand(proxy.shape)
@@ -89,6 +93,12 @@ def _deliver(leaf: Tensor, weight: Tensor | None, basis: Basis) -> None:
     factor, leaf.grad = leaf.grad, None
     if weight is None or factor is None:
         return
+    if _recomputed.pop(weight, basis) != basis:
+        raise RuntimeError(
+            f"the projection of the weight of shape {tuple(weight.shape)} has changed between a "
+            "checkpointed forward pass and its backward pass, and another forward pass came in "
+            "between: call backward before optimizer.step()"
+        )
     listener = _listeners.get(weight)
     if weight._backward_hooks or (listener is None and weight._post_accumulate_grad_hooks):
         raise RuntimeError(

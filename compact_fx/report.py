@@ -1,10 +1,10 @@
 """What was done to a model: as a table, as data, as a picture."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +229,7 @@ def merge_names(names: Sequence[str]) -> list[tuple[str, set[str]]]:
 
 def _merged(template: str, rows: Sequence[tuple[int, ...]]) -> list[tuple[str, set[str]]]:
     choices = [sorted(set(column)) for column in zip(*rows, strict=True)]
-    if set(product(*choices)) == set(rows) or not choices:
+    if math.prod(map(len, choices)) == len(set(rows)):
         filled = _fill(template, [_ranges(values) for values in choices])
         return [(filled, {_fill(template, map(str, row)) for row in rows})]
     # Not every combination is there: one pattern for each number in the first place.

@@ -3,6 +3,7 @@
 import functools
 import weakref
 from collections.abc import Iterable, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,12 +25,22 @@ def _count_optimizer_steps() -> None:
 
 
 def _on_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if not getattr(optimizer, "_step_in_backward", False):  # those count each weight themselves
+        count_step(weight for group in optimizer.param_groups for weight in group["params"])
+
+
+def count_step(weights: Iterable[Tensor]) -> None:
+    """An optimizer has stepped these weights."""
     global _changes
     _changes += 1
-    for group in optimizer.param_groups:
-        for weight in group["params"]:
-            if weight in _steps:
-                _steps[weight] += 1
+    for weight in weights:
+        if weight in _steps:
+            _steps[weight] += 1
+
+
+def counted_steps(weight: Tensor) -> int | None:
+    """As `steps_of`, None for a weight that was never asked for."""
+    return _steps.get(weight)
 
 
 def steps_of(weight: Tensor) -> int:
@@ -60,46 +71,73 @@ def set_steps(weights: Iterable[Tensor], steps: int) -> None:
         _steps[weight] = steps
 
 
-def are_alive(references: Sequence["weakref.ref[Tensor]"], tensors: Sequence[Tensor]) -> bool:
-    """Whether the references are to these very tensors."""
-    return all(reference() is tensor for reference, tensor in zip(references, tensors, strict=True))
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """The keys of one call of a compiled graph.
+
+    Attributes:
+        keys: 0-d int64 tensors, one for each projection; `values`: the same as numbers.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[int, ...]
 
 
 class KeySchedule:
     """The key inputs of one compiled graph: one 0-d int64 tensor for each of its projections.
 
     New tensors, never new values in old ones: a backward pass that is still to come keeps the keys
-    of its own forward pass.
-
-    Attributes:
-        values: the keys as numbers, as of the last call of `keys`.
+    of its own forward pass. Equal blocks share a graph, so each set of weights has its own.
     """
 
     def __init__(self, plan: Plan, seed: int, update_interval: int) -> None:
         self._salts = tuple(projection.salt for projection in plan.projections)
         self._seed = seed
         self._update_interval = update_interval
-        self._seen: tuple[int, list[weakref.ref[Tensor]]] = (-1, [])
-        self._generations: tuple[int, ...] | None = None
-        self._keys: tuple[Tensor, ...] = ()
-        self.values: list[int] = []
+        # By ids of weights: the weights, when they were last looked at, their generations, keys.
+        self._last: dict[tuple[int, ...], _Entry] = {}
 
-    def keys(self, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def keys(self, weights: Sequence[Tensor]) -> Drawn:
         """The keys for this step, given for each projection a weight that uses it."""
-        if self._keys and _torch.in_backward():
-            return self._keys  # a checkpoint recomputes: it needs the keys of its forward
-        if self._seen[0] == _changes and are_alive(self._seen[1], weights):
-            return self._keys
-        self._seen = (_changes, [weakref.ref(weight) for weight in weights])
+        ids = tuple(map(id, weights))
+        entry = self._last.get(ids)
+        if entry is not None and not entry.is_of(weights):
+            entry = None
+        # In a backward pass a checkpoint recomputes: it needs the keys of its forward.
+        if entry is not None and (entry.changes == _changes or _torch.in_backward()):
+            return entry.drawn
+        changes = _changes
         generations = tuple(steps_of(weight) // self._update_interval for weight in weights)
-        if generations != self._generations:
-            device = weights[0].device
-            self.values = [
-                fold_in(self._seed, salt, generation)
-                for salt, generation in zip(self._salts, generations, strict=True)
-            ]
-            # One copy to the device; clones, since a view of a vector is not 16-byte aligned.
-            stacked = torch.tensor(self.values, dtype=torch.int64).to(device)
-            self._keys = tuple(key.clone() for key in stacked.unbind())
-            self._generations = generations
-        return self._keys
+        if entry is not None and entry.generations == generations:
+            drawn = entry.drawn
+        else:
+            drawn = self._draw(generations, weights[0].device)
+        if entry is None:  # a new set of weights: forget those that are gone
+            self._last = {k: e for k, e in self._last.items() if e.is_alive()}
+        references = [weakref.ref(weight) for weight in weights]
+        if not _torch.in_backward():  # a reentrant checkpoint has no other forward
+            self._last[ids] = _Entry(references, changes, generations, drawn)
+        return drawn
+
+    def _draw(self, generations: Sequence[int], device: torch.device) -> Drawn:
+        values = tuple(
+            fold_in(self._seed, salt, generation)
+            for salt, generation in zip(self._salts, generations, strict=True)
+        )
+        # One copy to the device; clones, since a view of a vector is not 16-byte aligned.
+        stacked = torch.tensor(values, dtype=torch.int64).to(device)
+        return Drawn(tuple(key.clone() for key in stacked.unbind()), values)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    references: list["weakref.ref[Tensor]"]
+    changes: int
+    generations: tuple[int, ...]
+    drawn: Drawn
+
+    def is_alive(self) -> bool:
+        return all(reference() is not None for reference in self.references)
+
+    def is_of(self, weights: Sequence[Tensor]) -> bool:
+        return all(r() is w for r, w in zip(self.references, weights, strict=True))

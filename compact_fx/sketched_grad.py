@@ -64,10 +64,19 @@ class Basis:
         return tuple(shape)
 
 
-@functools.lru_cache(maxsize=4096)
+_keys: dict[tuple[torch.device, int], Tensor] = {}
+
+
 def _key_on(device: torch.device, key: int) -> Tensor:
     """The key as a tensor: optimizers ask for the same few hundred at every step."""
-    return torch.full((), key, dtype=torch.int64, device=device)
+    tensor = _keys.get((device, key))
+    if tensor is None:
+        tensor = torch.full((), key, dtype=torch.int64, device=device)
+        if len(_keys) > 4096:
+            _keys.clear()
+        if type(tensor) is Tensor:  # and no fake one
+            _keys[device, key] = tensor
+    return tensor
 
 
 @functools.cache

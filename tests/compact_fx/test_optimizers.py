@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import compact_fx.schedule
 from compact_fx import CompactAdamW, SketchedGrad, compact_backend, compact_optimizer
 from compact_fx.projections import Projection
+from compact_fx.schedule import steps_of
 from compact_fx.sketched_grad import Basis, ConsumedGrad
 
 SIZES = ((64, 96), (96, 32), (32, 8))
@@ -191,7 +192,10 @@ def test_any_class_steps_the_factors(optimizer_class, settings):
     rows = zip(model.parameters(), before, params, gradients, strict=True)
     for weight, old, param, gradient in rows:
         if isinstance(gradient, SketchedGrad):
-            expected = old + 0.5 * gradient.basis.expand(param.detach())
+            update = param.detach()
+            if optimizer_class is torch.optim.Adafactor:  # relative to the weight, at least 1e-3
+                update = update * max(old.square().mean().sqrt().item(), 1e-3) / 1e-3
+            expected = old + 0.5 * gradient.basis.expand(update)
         else:
             expected = param
         torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-7)
@@ -530,3 +534,70 @@ def test_a_batch_of_experts_is_stepped_matrix_by_matrix(refresh, last):
     for weight, own in zip(together, alone, strict=True):
         torch.testing.assert_close(weight, own)
     assert optimizers[0].state[together]["exp_avg"].shape == factor.shape
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_coupled_weight_decay_has_its_sign(maximize):
+    """At full orthogonal rank: what torch.optim.SGD does."""
+    settings = {"lr": 0.1, "weight_decay": 0.5, "maximize": maximize}
+    models = mlp(), mlp()
+    full = backend(rank=1.0, projection="orthogonal")
+    steps = models[0], torch.compile(models[1], backend=full)
+    optimizers = (
+        torch.optim.SGD(models[0].parameters(), **settings),
+        compact_optimizer(torch.optim.SGD, models[1].parameters(), **settings),
+    )
+    for _ in range(3):
+        for step, optimizer in zip(steps, optimizers, strict=True):
+            optimizer.zero_grad()
+            step(batch()).pow(2).mean().backward()
+            optimizer.step()
+    for expected, actual in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_resuming_keeps_the_position_of_dense_weights():
+    """A weight whose gradient is dense is sketched in the graph all the same."""
+
+    def start():
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(48, 64))
+
+        def function(x):  # its transpose is reshaped on the way: a dense gradient
+            return x @ weight.t().reshape(64, 48)
+
+        step = torch.compile(function, backend=backend(update_interval=2, strict=False))
+        return weight, step, CompactAdamW([weight], lr=0.1)
+
+    def train(weight, step, optimizer, steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            step(batch()).pow(2).mean().backward()
+            optimizer.step()
+
+    weight, step, optimizer = start()
+    train(weight, step, optimizer, 3)
+    saved, kept = optimizer.state_dict(), weight.detach().clone()
+    saved = copy.deepcopy(saved)
+    train(weight, step, optimizer, 3)
+    torch._dynamo.reset()
+    other, step, optimizer = start()
+    with torch.no_grad():
+        other.copy_(kept)
+    optimizer.load_state_dict(saved)
+    train(other, step, optimizer, 3)
+    assert torch.equal(other, weight)
+
+
+def test_step_in_backward_counts_steps_without_step():
+    """`zero_grad` alone is allowed after each backward: projections change then too."""
+    model = mlp()
+    step = torch.compile(model, backend=backend(update_interval=2))
+    optimizer = CompactAdamW(model.parameters(), lr=1e-2, step_in_backward=True)
+    for _ in range(3):
+        step(batch()).pow(2).mean().backward()
+        optimizer.zero_grad()
+    assert steps_of(model[0].weight) == 3
+    step(batch()).pow(2).mean().backward()
+    optimizer.step()
+    assert steps_of(model[0].weight) == 4

@@ -456,3 +456,78 @@ def test_collectives_are_refused(collective, request):
     request.getfixturevalue("process_group")
     with pytest.raises(RuntimeError, match="does not know sketched gradients"):
         collective(model[0].weight.grad)
+
+
+# --- checkpoints around graphs that blocks share ------------------------------------------------
+
+
+class Layer(nn.Module):
+    """Not an nn.Sequential: Dynamo does not compile torch's own containers in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x):
+        return torch.tanh(self.linear(x))
+
+
+class Pair(nn.Module):
+    """Two equal blocks, each compiled and checkpointed: they share one graph."""
+
+    def __init__(self, use_reentrant=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Layer() for _ in range(2))
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=self.use_reentrant)
+        return x
+
+
+def test_a_checkpoint_recomputes_with_the_keys_of_its_own_block():
+    """One block is stepped between forward and backward, the other is not."""
+    exact, model = Pair(), Pair()
+    full = backend(rank=1.0, projection="orthogonal", update_interval=1)
+    for block in model.blocks:
+        block.compile(backend=full)
+    x = torch.randn(32, 64, requires_grad=True)
+    exact(x).pow(2).mean().backward()
+    loss = model(x).pow(2).mean()
+    torch.optim.SGD(model.blocks[0].parameters(), lr=0.0).step()
+    loss.backward()
+    for expected, actual in zip(exact.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(dense_of(actual.grad), expected.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_another_forward_before_a_late_backward_is_refused():
+    """Which projection to recompute in cannot be known then: an error, no wrong gradient."""
+    model = Pair()
+    compact = backend(update_interval=1)
+    for block in model.blocks:
+        block.compile(backend=compact)
+    x = torch.randn(32, 64, requires_grad=True)
+    loss = model(x).pow(2).mean()
+    torch.optim.SGD(model.parameters(), lr=0.0).step()
+    model(x)
+    with pytest.raises(RuntimeError, match=r"call backward before optimizer\.step"):
+        loss.backward()
+
+
+def test_a_reentrant_checkpoint_sees_changes():
+    """Its only forward with gradients is in the backward pass."""
+    model = Pair(use_reentrant=True)
+    compact = backend(update_interval=1)
+    for block in model.blocks:
+        block.compile(backend=compact)
+    x = torch.randn(32, 64, requires_grad=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    keys = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).pow(2).mean().backward()
+        keys.append(model.blocks[0].linear.weight.grad.basis.key)
+        optimizer.step()
+    assert len(set(keys)) == 3

@@ -32,8 +32,9 @@ def schedule_of(*weights, interval=1, seed=0):
     return KeySchedule(plan_of(*range(len(weights))), seed, interval)
 
 
-def values(keys):
-    return [key.item() for key in keys]
+def values(drawn):
+    assert [key.item() for key in drawn.keys] == list(drawn.values)
+    return list(drawn.values)
 
 
 def test_keys_are_those_of_seed_salt_and_generation():
@@ -41,7 +42,7 @@ def test_keys_are_those_of_seed_salt_and_generation():
     schedule = KeySchedule(plan_of(11, 12), 5, 2)
     keys = schedule.keys(weights)
     assert values(keys) == [fold_in(5, 11, 0), fold_in(5, 12, 0)]
-    assert all(key.shape == () and key.dtype == torch.int64 for key in keys)
+    assert all(key.shape == () and key.dtype == torch.int64 for key in keys.keys)
     optimizer = torch.optim.SGD(weights, lr=0.1)
     optimizer.step()
     optimizer.step()
@@ -109,12 +110,12 @@ def test_new_keys_are_new_tensors_and_old_ones_keep_their_values():
     new = schedule.keys([weight])
     assert values(old) == expected
     assert values(new) != expected
-    assert new[0].data_ptr() != old[0].data_ptr()
+    assert new.keys[0].data_ptr() != old.keys[0].data_ptr()
 
 
 def test_keys_of_several_projections_share_no_storage():
     weights = [weight_of(), weight_of(), weight_of()]
-    keys = schedule_of(*weights).keys(weights)
+    keys = schedule_of(*weights).keys(weights).keys
     assert len({key.untyped_storage().data_ptr() for key in keys}) == 3
     assert all(key.storage_offset() == 0 for key in keys)
 
@@ -182,3 +183,13 @@ def test_weights_are_not_kept_alive():
     del weight
     gc.collect()
     assert alive() is None
+
+
+def test_each_set_of_weights_has_its_own_keys():
+    """Equal blocks share a compiled graph: the step of one must not change the other's keys."""
+    first, second = weight_of(), weight_of()
+    schedule = schedule_of(first)
+    before = schedule.keys([first]), schedule.keys([second])
+    torch.optim.SGD([first], lr=0.1).step()
+    assert values(schedule.keys([first])) != values(before[0])
+    assert schedule.keys([second]) is before[1]

@@ -403,11 +403,12 @@ def test_two_backends_in_one_process():
 @pytest.mark.parametrize("gradients", ["dense", "sketched"])
 def test_a_model_can_be_copied_and_saved_afterwards(gradients):
     """Copies train on, and a checkpoint loads without this package."""
-    model = mlp()
-    model.compile(backend=backend(gradients=gradients))
+    model, compact = Blocks(), backend(gradients=gradients)
+    model.compile(backend=compact)
     once(model, model)
+    assert compact.plans[0].sketched
     twin = copy.deepcopy(model)
-    assert set(twin.state_dict()) == set(mlp().state_dict())
+    assert set(twin.state_dict()) == set(Blocks().state_dict())
     once(twin, twin)
     for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(dense_of(other.grad), dense_of(mine.grad))
@@ -415,7 +416,7 @@ def test_a_model_can_be_copied_and_saved_afterwards(gradients):
     buffer = io.BytesIO()
     torch.save(model.state_dict(), buffer)
     buffer.seek(0)
-    mlp().load_state_dict(torch.load(buffer, weights_only=True))
+    Blocks().load_state_dict(torch.load(buffer, weights_only=True))
     pickle.loads(pickle.dumps(model.state_dict()))
 
 
