@@ -44,19 +44,24 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--hf-config", type=Path, required=True, metavar="FILE.json")
-    model.add_argument("--batch", type=int, default=8)
-    model.add_argument("--seq", type=int, default=2048, help="tokens in a sequence")
-    model.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    model.add_argument("--batch", type=int, default=8, help="sequences in a batch (8)")
+    model.add_argument(
+        "--seq", type=int, help="tokens in a sequence (2048, or the most that the model takes)"
+    )
+    dtypes = ["bfloat16", "float16", "float32"]
+    model.add_argument("--dtype", default="bfloat16", choices=dtypes, help="of weights (bfloat16)")
     model.add_argument("--layers", type=int, help="in place of num_hidden_layers")
-    model.add_argument("--rank", type=_rank, default=CompactConfig.rank)
-    model.add_argument("--gradients", default="dense", choices=["dense", "sketched"])
-    model.add_argument("--projection", default=CompactConfig.projection, choices=KINDS)
+    rank_help = "a fraction of in_features (0.25), or a number of columns"
+    model.add_argument("--rank", type=_rank, default=CompactConfig.rank, help=rank_help)
+    modes = ["dense", "sketched"]
+    model.add_argument("--gradients", default="dense", choices=modes, help="of the report (dense)")
+    model.add_argument("--projection", default="gaussian", choices=KINDS, help="(gaussian)")
     model.add_argument("--no-recompute", action="store_true", help="recompute=False")
 
     command = commands.add_parser(
         "explain", parents=[model], help="what a training step would take; nothing is run"
     )
-    command.add_argument("--optimizer", default="adamw", choices=STATES)
+    command.add_argument("--optimizer", default="adamw", choices=STATES, help="(adamw)")
     command.add_argument("--plot", type=Path, metavar="OUT.png", help="stacked bars")
     command.add_argument("--timeline", type=Path, metavar="OUT.png", help="memory over a step")
     command.add_argument("--json", action="store_true", help="print JSON")
@@ -165,10 +170,11 @@ def _explained(args: argparse.Namespace, **settings: Any) -> Explanation:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise _BadInput(f"--{name} {getattr(args, name)} must be ≥ 1")
     model, config = _model(args)
-    tokens = torch.zeros(args.batch, args.seq, dtype=torch.int64, device="meta")
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and args.seq > longest:
-        raise _BadInput(f"--seq {args.seq} is more than max_position_embeddings {longest}")
+    longest = getattr(config, "max_position_embeddings", None) or 2048
+    length = min(2048, longest) if args.seq is None else args.seq
+    if length > longest:
+        raise _BadInput(f"--seq {length} is more than max_position_embeddings {longest}")
+    tokens = torch.zeros(args.batch, length, dtype=torch.int64, device="meta")
     inputs: dict[str, Any] = {"input_ids": tokens, "labels": tokens}
     if hasattr(config, "use_cache") and not config.is_encoder_decoder:
         inputs["use_cache"] = False
@@ -185,7 +191,7 @@ def _explained(args: argparse.Namespace, **settings: Any) -> Explanation:
     except (CannotCompact, ValueError):
         raise
     except Exception as error:  # whatever a model's forward makes of tokens
-        message = f"{args.hf_config} does not train on {args.batch} x {args.seq} tokens: {error}"
+        message = f"{args.hf_config} does not train on {args.batch} x {length} tokens: {error}"
         raise _BadInput(message) from None
 
 
@@ -210,6 +216,8 @@ def _model(args: argparse.Namespace) -> tuple[torch.nn.Module, Any]:
     if not isinstance(names, list):
         raise _BadInput(f"architectures {names!r} must be a list")
     (name, *_) = names
+    if not isinstance(name, str | None):
+        raise _BadInput(f"architecture {name!r} must be the name of a class")
     maker: Any = getattr(transformers, name, None) if name else transformers.AutoModelForCausalLM
     if maker is None:
         raise _BadInput(f"architecture {name!r} is not one that transformers has")

@@ -19,6 +19,7 @@ import torch._functorch.config as functorch_config
 from torch import fx
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.pgo import get_code_state
 from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.descriptors import (
     DummyAOTOutput,
@@ -323,11 +324,15 @@ def call_compiled(
         apart = {}
     compiled = torch.compile(model, backend=backend, dynamic=False, **apart)
     no_limit = sys.maxsize
+    shapes = copy.deepcopy(dict(get_code_state()))
     with torch._dynamo.config.patch(recompile_limit=no_limit, accumulated_recompile_limit=no_limit):
         try:
             return compiled(*args, **kwargs)
         except BackendCompilerFailed as error:
             raise error.inner_exception from None
+        finally:  # Dynamo makes sizes dynamic that it has seen to change: these do not count
+            get_code_state().clear()
+            get_code_state().update(shapes)
 
 
 class _Partitioner(CustomPartitionerFn):  # type: ignore[misc]

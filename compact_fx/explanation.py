@@ -148,7 +148,7 @@ def explain(
     names = {field.name for field in fields(CompactConfig)}
     config = config_from({k: v for k, v in kwargs.items() if k in names})
     inputs = {k: v for k, v in kwargs.items() if k not in names}
-    _check_arguments(model, inputs, names)
+    _check_arguments(model, inputs, names, given=names & kwargs.keys())
     breaks = _torch.graph_breaks()
     with _torch.fake_mode(), torch.enable_grad():
         model, args, inputs = _faked((_torch.uncompiled(model), args, inputs))
@@ -185,14 +185,23 @@ def explain(
         )
     graphs_of = [found.graphs[config.gradients] for found in analyser.found]
     report = CompactionReport(
-        plans=tuple(graphs.plan for graphs in graphs_of), graph_breaks=_torch.graph_breaks(breaks)
+        plans=tuple(graphs.plan for graphs in graphs_of if graphs.plan.sites),
+        graph_breaks=_torch.graph_breaks(breaks),
     )
     return Explanation(report=report, memory=memory, graphs=tuple(graphs_of))
 
 
-def _check_arguments(model: nn.Module, inputs: Mapping[str, Any], settings: set[str]) -> None:
+def _check_arguments(
+    model: nn.Module, inputs: Mapping[str, Any], settings: set[str], given: set[str]
+) -> None:
     """Name what is neither a setting nor an argument: a setting may be misspelt."""
     parameters = inspect.signature(model.forward).parameters
+    both = sorted(given & parameters.keys())
+    if both:
+        raise TypeError(
+            f"{', '.join(both)}: settings of the backend and arguments of the model's forward; "
+            "pass the model's by position, and the setting through functools.partial or a wrapper"
+        )
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
     for name in inputs:
@@ -227,7 +236,8 @@ class _Analyser:
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         compiler = GraphCompiler(self._config, self._options, module, inputs)
-        if compiler.trains():
+        # A graph without weights keeps tensors too.
+        if compiler.trains() or any(_is_tensor(t) and t.requires_grad for t in inputs):
             found = compiler.visit(
                 lambda joint: self._analyse(joint, inputs), like_eager=self._like_eager
             )

@@ -30,6 +30,10 @@ class CompactedGraphs:
     _joint: JointGraph
     plan: Plan
 
+    def __repr__(self) -> str:
+        sketched, sites = len(self.plan.sketched), len(self.plan.sites)
+        return f"CompactedGraphs({sketched} of {sites} weight gradients sketched)"
+
     @cached_property
     def joint_before(self) -> fx.GraphModule:
         """The joint graph as AOTAutograd made it."""

@@ -104,10 +104,12 @@ def _sums(plan: Plan) -> dict[str, int]:
 
 def _totals(plan: Plan) -> str:
     sums = _sums(plan)
+    dearer = sum(site.flops_after > site.flops_before for site in plan.sketched)
     return (
         f"{sums['sketched']} of {sums['weights']} weight gradients sketched; kept for backward "
         f"{arrow(sums['bytes_before'], sums['bytes_after'], 1e6)} MB; weight gradients "
         f"{arrow(sums['flops_before'], sums['flops_after'], 1e9)} GFLOP"
+        + (f" ({dearer} take more than before)" if dearer else "")
     )
 
 
@@ -182,7 +184,7 @@ def _crossing(plan: Plan, tablefmt: str, wide: bool) -> str:
         ]
         for group in (largest if wide else largest[:_TOP])
     ]
-    headers = ["MB", "count", "tensor", "made by", "read by", "source"]
+    headers = ["largest, MB", "count", "tensor", "made by", "read by", "source"]
     return table + "\n\n" + tabulate(rows, headers, tablefmt, disable_numparse=True)
 
 

@@ -51,6 +51,8 @@ class JointGraph:
         weights = duplicate.weight_inputs()
         first = max(inputs) + 1
         last = inputs[max(inputs)]
+        if not count:
+            return duplicate
         like = next(iter(weights.values())).meta["val"]
         values = [like.new_empty((), dtype=torch.int64) for _ in range(count)]
         values += [weights[p.index].meta["val"].new_empty(1).expand(p.shape) for p in proxies]
@@ -157,11 +159,11 @@ def insert(
     return node
 
 
-def transposed(graph: fx.Graph, node: fx.Node, *, like: fx.Node) -> fx.Node:
+def transposed(graph: fx.Graph, node: fx.Node, *, like: fx.Node, name: str = "rows") -> fx.Node:
     """A new node that swaps the last two dimensions, of a matrix or of a batch of them."""
     *batch, rows, columns = range(node.meta["val"].dim())
     order = [*batch, columns, rows]
-    return insert(graph, aten.permute.default, (node, order), like=like, name="rows")
+    return insert(graph, aten.permute.default, (node, order), like=like, name=name)
 
 
 PERMUTING = {aten.permute.default, aten.transpose.int, aten.t.default}

@@ -107,7 +107,7 @@ def _replace(
         name = f"{old.name}_factor"
         new = factor = insert(graph, old.target, operands, like=old, name=name)  # type: ignore[arg-type]
         if proxy is None and use.position == 1:
-            back = transposed(graph, drawn, like=old)
+            back = transposed(graph, drawn, like=old, name="back")
             new = _product(graph, factor, back, like=old, name=full)
         elif proxy is None:
             new = _product(graph, drawn, factor, like=old, name=full)

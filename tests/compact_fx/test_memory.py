@@ -100,6 +100,7 @@ def test_step_of_two_graphs():
         return GraphMemory(
             (Moment("forward", name, 10),),
             (Moment("backward", name, 20), Moment("backward", "return", gradients)),
+            saved + 5,  # of which 5 bytes are an input's
             saved,
         )
 

@@ -211,3 +211,9 @@ def test_buffers_do_not_cross(kept_bytes):
     (plan,) = backend.plans
     assert plan.bytes_after == kept - 8 * len(plan.projections)
     assert "(96,)" not in [saved.shape for saved in plan.saved_before]
+
+
+def test_names_with_many_numbers_are_merged_at_once():
+    """The layer's number may stand in a name several times; combinations are not tried."""
+    names = [f"a{i}.b{i}.c{i}.d{i}.e{i}" for i in range(64)]
+    assert {name for _, members in merge_names(names) for name in members} == set(names)
