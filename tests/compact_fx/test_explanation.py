@@ -223,6 +223,7 @@ def test_a_model_that_fits_nowhere_takes_seconds():
     assert found.memory["eager"].peak > 800e9
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch counts them all, see the docs")
 def test_any_number_of_times():
     """A person tries ranks in a loop, and then compiles the model: no limit is used up."""
     model, x = nn.Linear(64, 64), torch.randn(32, 64)

@@ -423,6 +423,8 @@ def test_a_model_can_be_copied_and_saved_afterwards(gradients):
 @pytest.mark.parametrize("gradients", ["dense", "sketched"])
 def test_a_compiled_optimizer_step(gradients):
     """torch.compile(optimizer.step): the same weights as without."""
+    if gradients == "sketched" and torch.__version__ < "2.13":
+        pytest.skip("Dynamo cannot trace it before")
     results = []
     for compiled in (False, True):
         torch._dynamo.reset()
