@@ -160,6 +160,16 @@ def operator_name(node: fx.Node) -> str:
     return node.op if node.op != "call_function" else getattr(node.target, "__name__", "?")
 
 
+def operator_base(node: fx.Node) -> str:
+    """`mm` of `aten.mm.default`: all overloads of an operator alike."""
+    return operator_name(node).split(".")[0]
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """An identity of a tensor's storage, for as long as the tensor lives."""
+    return int(tensor.untyped_storage()._cdata)
+
+
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*(?:\n +([^\n]+))?')
 
 

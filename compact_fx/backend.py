@@ -109,9 +109,9 @@ class CompactBackend:
         )
         for site in plan.sites:
             log.debug("graph %d: %s", number, site)
-        report = CompactionReport(plans=(plan,), graph_breaks={})
-        _torch.trace_artifact(f"compact_fx_plan_{number}", "json", report.to_json())
         if graphs is not None and _torch.is_traced():
+            report = CompactionReport(plans=(plan,), graph_breaks={})
+            _torch.trace_artifact(f"compact_fx_plan_{number}", "json", report.to_json())
             for name, text in graphs.texts().items():
                 _torch.trace_artifact(f"compact_fx_{name}_{number}", "string", text)
         self._check_patterns(plan)

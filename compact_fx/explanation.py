@@ -228,7 +228,7 @@ class _Analyser:
     """A backend that analyses graphs and runs them as they are."""
 
     def __init__(self, config: CompactConfig, like_eager: bool, given: Iterable[Any]) -> None:
-        self._given = {t.untyped_storage()._cdata for t in given if _is_tensor(t)}
+        self._given = {_torch.storage_id(t) for t in given if _is_tensor(t)}
         self._config = config
         self._like_eager = like_eager
         self._options = _torch.inductor_options(config.mode, config.options)
@@ -257,7 +257,7 @@ class _Analyser:
             for index, value in enumerate(inputs)
             if _is_tensor(value)
             and not isinstance(value, nn.Parameter)
-            and value.untyped_storage()._cdata not in self._given
+            and _torch.storage_id(value) not in self._given
             and index not in joint.buffers
         }
         cuts = {
@@ -361,13 +361,12 @@ def _memory_of_eager(
     """Live memory of a step without a compiler, and the bytes that autograd keeps."""
     own = [*model.parameters(), *model.buffers()]
     lasting = [*own, *filter(_is_tensor, _torch.tree_leaves((args, inputs)))]
-    free = {tensor.untyped_storage()._cdata for tensor in own}
+    free = {_torch.storage_id(tensor) for tensor in own}
     saved: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in free:
-            saved[storage._cdata] = storage.nbytes()
+        if (storage := _torch.storage_id(tensor)) not in free:
+            saved[storage] = tensor.untyped_storage().nbytes()
         return tensor
 
     with LiveMemory(lasting) as live:
@@ -382,5 +381,5 @@ def _memory_of_eager(
 
 def _bytes(tensors: Iterable[Any]) -> int:
     """Of their storages, each counted once."""
-    storages = {t.untyped_storage()._cdata: t for t in tensors if isinstance(t, Tensor)}
+    storages = {_torch.storage_id(t): t for t in tensors if _is_tensor(t)}
     return sum(t.untyped_storage().nbytes() for t in storages.values())

@@ -34,7 +34,7 @@ class CompactedGraphs:
         sketched, sites = len(self.plan.sketched), len(self.plan.sites)
         return f"CompactedGraphs({sketched} of {sites} weight gradients sketched)"
 
-    @cached_property
+    @property
     def joint_before(self) -> fx.GraphModule:
         """The joint graph as AOTAutograd made it."""
         return self._joint.module
@@ -42,9 +42,7 @@ class CompactedGraphs:
     @cached_property
     def joint_after(self) -> fx.GraphModule:
         """The joint graph with the plan's sketches in it."""
-        joint = self._joint.with_keys(len(self.plan.projections), self.plan.proxies)
-        rewrite_weight_grads(joint, self.plan)
-        return joint.module
+        return self._rewritten()[0].module
 
     @property
     def forward(self) -> fx.GraphModule:
@@ -59,14 +57,18 @@ class CompactedGraphs:
     @cached_property
     def cut(self) -> Partition:
         """Both sides of the boundary, as planned."""
-        joint = self._joint.with_keys(len(self.plan.projections), self.plan.proxies)
-        sketches = rewrite_weight_grads(joint, self.plan)
+        joint, sketches = self._rewritten()
         return partition(joint, recompute=self.plan.recompute, early=self.plan.early(sketches))
 
     @cached_property
     def cut_before(self) -> Partition:
         """Both sides of the boundary, as torch.compile makes them without this project."""
         return partition(self._joint.copy(), recompute=False)
+
+    def _rewritten(self) -> tuple[JointGraph, dict[int, fx.Node]]:
+        """A copy with the sketches in it: partitioning takes one over."""
+        joint = self._joint.with_keys(len(self.plan.projections), self.plan.proxies)
+        return joint, rewrite_weight_grads(joint, self.plan)
 
     def modules(self) -> dict[str, fx.GraphModule]:
         """All graphs by name, in the order in which they come about."""

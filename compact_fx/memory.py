@@ -154,8 +154,8 @@ def _moments(
     }
     live = {storage: size for storage, size in live.items() if storage not in static}
     given = frozenset(live)
-    yield Moment(phase, "", sum(live.values()))
     now = sum(live.values())
+    yield Moment(phase, "", now)
     for i, step in enumerate(steps):
         dying = [s for s in step.reads if last[s] == i and s in live and s not in kept]
         written = [s for s in step.writes if s not in live and s not in static]
@@ -263,7 +263,9 @@ def _fused_side_by_side(kernels: list[_Kernel], sizes: dict[int, int]) -> list[_
                     group[member] = j
         for storage in kernel.reads:
             readers.setdefault(storage, []).append(j)
-    return [_together([kernels[i] for i in members[g]]) for g in _sorted(kernels, members, group)]
+    merged = {g: _together([kernels[i] for i in own]) for g, own in members.items()}
+    made_by = {storage: group[i] for storage, i in writer.items()}
+    return [merged[g] for g in _sorted(merged, made_by)]
 
 
 def _together(kernels: list[_Kernel]) -> _Kernel:
@@ -272,14 +274,11 @@ def _together(kernels: list[_Kernel]) -> _Kernel:
     return _Kernel(kernels[-1].operator, reads - writes, writes, kernels[-1].fused)
 
 
-def _sorted(
-    kernels: list[_Kernel], members: dict[int, list[int]], group: list[int]
-) -> Iterator[int]:
+def _sorted(groups: dict[int, _Kernel], made_by: dict[int, int]) -> Iterator[int]:
     """Groups in the order of their last kernels, each behind those that it needs."""
-    writer = {storage: i for i, kernel in enumerate(kernels) for storage in kernel.writes}
     opened: set[int] = set()
     done: set[int] = set()
-    for first in sorted(members):
+    for first in sorted(groups):
         pending = [first]
         while pending:
             current = pending[-1]
@@ -290,8 +289,7 @@ def _sorted(
                     yield current
                 continue
             opened.add(current)
-            reads = frozenset[int]().union(*(kernels[i].reads for i in members[current]))
-            sources = {group[writer[storage]] for storage in reads & writer.keys()}
+            sources = {made_by[storage] for storage in groups[current].reads & made_by.keys()}
             pending += sorted(sources - opened, reverse=True)
 
 
@@ -315,11 +313,11 @@ _SCATTERS |= {"_unsafe_index_put", "constant_pad_nd", "slice_scatter", "select_s
 def _is_fused(node: fx.Node) -> bool:
     """Whether Inductor can compute one element of the result wherever it is read."""
     tags = getattr(node.target, "tags", ())
-    name = _torch.operator_name(node).split(".")[0]
+    name = _torch.operator_base(node)
     return torch.Tag.pointwise in tags or name in _MADE_ON_THE_FLY
 
 
 def _reads_on_the_fly(node: fx.Node) -> bool:
     """Whether the operator's kernel can compute what it reads."""
-    name = _torch.operator_name(node).split(".")[0]
+    name = _torch.operator_base(node)
     return _is_fused(node) or name in _REDUCTIONS or name in _SCATTERS

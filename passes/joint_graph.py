@@ -211,7 +211,7 @@ _RELABELLING = {
 
 def is_relabelling(node: fx.Node) -> bool:
     """Whether a node has the values of its input: a view, a copy or a cast."""
-    return node.op == "call_function" and _torch.operator_name(node).split(".")[0] in _RELABELLING
+    return node.op == "call_function" and _torch.operator_base(node) in _RELABELLING
 
 
 def finish(module: fx.GraphModule) -> None:

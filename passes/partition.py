@@ -13,7 +13,7 @@ from compact_fx.plan import Saved, SavedKind
 from compact_fx.projections import RANDOM_PROJECTION
 
 _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "_grouped_mm", "grouped_product"}
-_PRODUCTS |= {"convolution_backward"}
+_PRODUCTS |= {"convolution_backward"}  # which reads a convolution's input alike
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def is_tensor(node: fx.Node) -> bool:
 def storage_of(node: fx.Node) -> int:
     """An identity of the storage behind a node's value."""
     try:
-        return int(node.meta["val"].untyped_storage()._cdata)
+        return _torch.storage_id(node.meta["val"])
     except NotImplementedError:  # a sparse or opaque tensor has none
         return id(node)
 
