@@ -32,6 +32,18 @@ VARIANTS: dict[str, dict[str, Any] | str | None] = {
     "compact n/8": {"rank": 0.125},
     "compact n/4, recompute=False": {"rank": 0.25, "recompute": False},
     "compact n/4, orthogonal": {"rank": 0.25, "projection": "orthogonal"},
+    "compact n/4, countsketch": {"rank": 0.25, "projection": "countsketch"},
+    "compact n/8, countsketch": {"rank": 0.125, "projection": "countsketch"},
+    "compact n/4, countsketch, recompute=False": {
+        "rank": 0.25,
+        "projection": "countsketch",
+        "recompute": False,
+    },
+    "compact n/4, countsketch, sketched gradients": {
+        "rank": 0.25,
+        "projection": "countsketch",
+        "gradients": "sketched",
+    },
     "compact n/4, sketched gradients": {"rank": 0.25, "gradients": "sketched"},
     "compact n/8, sketched gradients": {"rank": 0.125, "gradients": "sketched"},
 }

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Kind = Literal["gaussian", "rademacher", "sparse", "orthogonal"]
+Kind = Literal["gaussian", "rademacher", "sparse", "orthogonal", "countsketch"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _WORD = 0xFFFFFFFF
@@ -31,19 +31,21 @@ def _fold(product: Tensor) -> Tensor:
     return (product ^ (product >> 32)) & _WORD
 
 
-def _row_words(key: Tensor, n: int) -> Tensor:
-    index = torch.arange(n, dtype=torch.int64, device=key.device)
+def _range(key: Tensor, n: int) -> Tensor:
+    return torch.arange(n, dtype=torch.int64, device=key.device)
+
+
+def _row_words(key: Tensor, index: Tensor) -> Tensor:
     return _fold(_fold((index ^ (key & _WORD)) * _MULTIPLIERS[0]) * _MULTIPLIERS[1])
 
 
-def _column_words(key: Tensor, n: int) -> Tensor:
-    index = torch.arange(n, dtype=torch.int64, device=key.device)
+def _column_words(key: Tensor, index: Tensor) -> Tensor:
     return _fold(_fold((index ^ (key >> 32)) * _MULTIPLIERS[1]) * _MULTIPLIERS[2])
 
 
 def _words(key: Tensor, n: int, rank: int) -> Tensor:
     """(n, rank) independent 32-bit words: entry (i, j) depends on the key, i and j alone."""
-    product = _row_words(key, n)[:, None] * (_column_words(key, rank) >> 1)
+    product = _row_words(key, _range(key, n))[:, None] * (_column_words(key, _range(key, rank)) >> 1)
     return ((_fold(product) * _MULTIPLIERS[2]) >> 20) & _WORD
 
 
@@ -65,14 +67,32 @@ def _sparse(key: Tensor, n: int, rank: int) -> Tensor:
 
 def _orthogonal(key: Tensor, n: int, rank: int) -> Tensor:
     """Random signs × randomly chosen columns of the orthonormal DCT-II, PᵀP = (n / rank)·I."""
-    signs = 1.0 - 2.0 * (_row_words(key, n) & 1).to(torch.float32)
-    columns = torch.argsort(_column_words(key, n), stable=True)[:rank]
-    row = torch.arange(n, dtype=torch.int64, device=key.device)
+    row = _range(key, n)
+    columns = torch.argsort(_column_words(key, row), stable=True)[:rank]
     # The angle is reduced in integers: float32 would lose it for large n.
     quarter_turns = ((2 * row[:, None] + 1) * columns) % (4 * n)
     cosines = torch.cos(quarter_turns.to(torch.float32) * (math.pi / (2 * n)))
     norms = torch.where(columns == 0, math.sqrt(1.0 / rank), math.sqrt(2.0 / rank))
-    return signs[:, None] * cosines * norms
+    return _signs(key, row)[:, None] * cosines * norms
+
+
+def _signs(key: Tensor, row: Tensor) -> Tensor:
+    return 1.0 - 2.0 * (_row_words(key, row) & 1).to(torch.float32)
+
+
+def _shifts(key: Tensor, block: Tensor, rank: int) -> Tensor:
+    return _column_words(key, block) % rank
+
+
+def _slots(key: Tensor, n: int, rank: int) -> Tensor:
+    """(n,) the column of each row's one entry: blocks of `rank` rows, each rotated at random."""
+    row = _range(key, n)
+    return (row + _shifts(key, row // rank, rank)) % rank
+
+
+def _countsketch(key: Tensor, n: int, rank: int) -> Tensor:
+    entries = _slots(key, n, rank)[:, None] == _range(key, rank)
+    return torch.where(entries, _signs(key, _range(key, n))[:, None], 0.0)
 
 
 _DRAW: dict[str, Callable[[Tensor, int, int], Tensor]] = {
@@ -80,12 +100,35 @@ _DRAW: dict[str, Callable[[Tensor, int, int], Tensor]] = {
     "rademacher": _rademacher,
     "sparse": _sparse,
     "orthogonal": _orthogonal,
+    "countsketch": _countsketch,
 }
 
 
 def draw(key: Tensor, n: int, rank: int, kind: str, dtype: torch.dtype) -> Tensor:
     """P (n, rank) for a 0-d int64 key in [0, 2**63), in aten operators only; E[P Pᵀ] = I."""
     return _DRAW[kind](key, n, rank).to(dtype)
+
+
+def countsketch_rows(
+    key: Tensor, n: int, rank: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Rows and signs (⌈n / rank⌉, rank) of a countsketch: x P = Σ_b x[:, rows[b]] · signs[b]."""
+    block = _range(key, -(-n // rank))[:, None]
+    rows = block * rank + (_range(key, rank) - _shifts(key, block, rank)) % rank
+    signs = torch.where(rows < n, _signs(key, rows), 0.0).to(dtype)
+    return _stored(rows.clamp(max=n - 1)), _stored(signs)
+
+
+def countsketch_columns(
+    key: Tensor, n: int, rank: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Columns and signs (n,) of a countsketch: F Pᵀ = F[:, columns] · signs."""
+    return _stored(_slots(key, n, rank)), _stored(_signs(key, _range(key, n)).to(dtype))
+
+
+def _stored(table: Tensor) -> Tensor:
+    """The same tensor, which Inductor then computes once and not again for each of its readers."""
+    return table.as_strided(table.shape, table.stride())
 
 
 @torch.library.custom_op("compact_fx::random_projection", mutates_args=())
@@ -129,7 +172,8 @@ def random_projection(
         seed: the run's seed; `generation`: how often it has changed; `salt`: from the weight.
         n: features to project, `rank`: how many to, 1 ≤ rank (≤ n for "orthogonal").
         kind: "gaussian" N(0, 1/rank), "rademacher" ±1/√rank, "sparse" (two in three entries
-            are 0), "orthogonal" (PᵀP = (n / rank)·I exactly, so P Pᵀ = I at rank n).
+            are 0), "orthogonal" (PᵀP = (n / rank)·I exactly, so P Pᵀ = I at rank n),
+            "countsketch" (one ±1 in each row: a signed permutation at rank n).
         dtype: drawn in float32 and rounded to this.
 
     Raises:

@@ -13,7 +13,7 @@ from compact_fx.passes.joint_graph import JointGraph
 from compact_fx.passes.partition import Partition, bytes_of, is_tensor, partition, storage_of
 from compact_fx.passes.rewrite_weight_grads import rewrite_weight_grads
 from compact_fx.plan import Plan, Proxy, Site
-from compact_fx.projections import Projection, salt_of
+from compact_fx.projections import Kind, Projection, salt_of
 
 
 def choose_sites(joint: JointGraph, config: CompactConfig) -> Plan:
@@ -181,7 +181,7 @@ def _draft(joint: JointGraph, config: CompactConfig) -> Plan:
                 for i, site in own:
                     sites[i] = replace(site, reason=site.reason or f"dense gradient: {proxy}")
     return Plan(
-        sites=tuple(_with_flops(sites, uses, proxies)),
+        sites=tuple(_with_flops(sites, uses, proxies, config.projection)),
         projections=tuple(projections),
         owners=tuple(owners),
         proxies=tuple(proxies.values()),
@@ -253,7 +253,10 @@ def _salts(sites: Iterable[Site], uses: dict[tuple[int, int], Use]) -> dict[str,
 
 
 def _with_flops(
-    sites: list[Site], uses: dict[tuple[int, int], Use], proxies: Mapping[int, Proxy]
+    sites: list[Site],
+    uses: dict[tuple[int, int], Use],
+    proxies: Mapping[int, Proxy],
+    kind: Kind,
 ) -> Iterator[Site]:
     shares: dict[int | None, int] = {}
     for site in sites:
@@ -267,8 +270,9 @@ def _with_flops(
         n, m, r = site.in_features, site.out_features, site.rank
         dense = sketched = 2 * t * n * m
         if site.placement is not None:
-            sketched = 2 * t * n * r // shares[site.sketch] + 2 * t * r * m
-            sketched += 0 if site.index in proxies else 2 * e * n * r * m
+            terms = 1 if kind == "countsketch" else r  # entries in a row of P
+            sketched = 2 * t * n * terms // shares[site.sketch] + 2 * t * r * m
+            sketched += 0 if site.index in proxies else 2 * e * n * terms * m
         yield replace(site, flops_before=dense, flops_after=sketched)
 
 

@@ -1,14 +1,17 @@
 """Turn each projection node into plain aten operators that Inductor fuses."""
 
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
 from compact_fx import _torch
-from compact_fx.passes.joint_graph import finish
-from compact_fx.projections import RANDOM_PROJECTION, draw
+from compact_fx.passes.joint_graph import finish, insert, is_transposition
+from compact_fx.projections import RANDOM_PROJECTION, countsketch_columns, countsketch_rows, draw
+
+aten = torch.ops.aten
 
 
 def expand_projections(module: fx.GraphModule) -> int:
@@ -22,33 +25,96 @@ def expand_projections(module: fx.GraphModule) -> int:
 
         iota = prims.iota(2048); ... ; erfinv = aten.erfinv(...); P = convert_element_type(...)
 
-    Contract: the values are those of the custom op, bit for bit in eager execution.
+    A countsketch has one ±1 in each row, so its products are gathers and P is never drawn. Before::
+
+        P = compact_fx.random_projection(key, 2048, 512, "countsketch", torch.bfloat16)
+        z = aten.mm(x, P)
+        dW = aten.mm(factor, Pᵀ)
+
+    After::
+
+        rows, signs = ...                           # (4, 512) each, from the key
+        z = aten.sum(x[:, rows] * signs, [-2])      # one kernel: (tokens, 4, 512) is never stored
+        columns, signs = ...                        # (2048,) each
+        dW = factor[:, columns] * signs
+
+    Contract: in eager execution the values are those of the custom op bit for bit; in products of
+    a countsketch, up to the order in which n / r terms are added.
     """
-    templates: dict[tuple[Any, ...], fx.GraphModule] = {}
-    nodes = module.graph.find_nodes(op="call_function", target=RANDOM_PROJECTION)
+    graph = module.graph
+    nodes = graph.find_nodes(op="call_function", target=RANDOM_PROJECTION)
+    inline = _Inliner(graph)
     for node in nodes:
-        key, *settings = node.args
-        assert isinstance(key, fx.Node)
-        cached = (key.meta["val"].device, *settings)
-        if cached not in templates:
-            templates[cached] = _trace(key.meta["val"], *settings)
-        _inline(module.graph, node, key, templates[cached])
+        if node.args[3] == "countsketch":
+            _gather(graph, node, inline)
+    graph.eliminate_dead_code()
+    for node in graph.find_nodes(op="call_function", target=RANDOM_PROJECTION):
+        (drawn,) = inline(draw, node, *node.args[1:])
+        node.replace_all_uses_with(drawn)
     finish(module)
     return len(nodes)
 
 
-def _trace(key: torch.Tensor, n: Any, rank: Any, kind: Any, dtype: Any) -> fx.GraphModule:
-    return _torch.trace(functools.partial(draw, n=n, rank=rank, kind=kind, dtype=dtype), key)
+class _Inliner:
+    """Writes functions of a projection's key into the graph, in front of the projection."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._graph = graph
+        self._templates: dict[tuple[Any, ...], fx.GraphModule] = {}
+
+    def __call__(
+        self, function: Callable[..., Any], projection: fx.Node, *settings: Any
+    ) -> list[fx.Node]:
+        key = projection.args[0]
+        assert isinstance(key, fx.Node)
+        value = key.meta["val"]
+        cached = (function, value.device, *settings)
+        if cached not in self._templates:
+            self._templates[cached] = _torch.trace(lambda key: function(key, *settings), value)
+        copies: dict[fx.Node, fx.Node] = {}
+        template = self._templates[cached].graph
+        with self._graph.inserting_before(projection):
+            for node in template.nodes:
+                if node.op == "placeholder":
+                    copies[node] = key
+                elif node.op != "output":
+                    copies[node] = self._graph.node_copy(node, copies.__getitem__)
+        return [copies[node] for node in template.output_node().all_input_nodes]
 
 
-def _inline(graph: fx.Graph, node: fx.Node, key: fx.Node, template: fx.GraphModule) -> None:
-    copies: dict[fx.Node, fx.Node] = {}
-    with graph.inserting_before(node):
-        for original in template.graph.nodes:
-            if original.op == "placeholder":
-                copies[original] = key
-            elif original.op != "output":
-                copies[original] = graph.node_copy(original, copies.__getitem__)
-    (result,) = template.graph.output_node().all_input_nodes
-    node.replace_all_uses_with(copies[result])
-    graph.erase_node(node)
+def _gather(graph: fx.Graph, projection: fx.Node, inline: _Inliner) -> None:
+    """Replace the products with a countsketch."""
+    _, n, rank, _, dtype = projection.args
+    tables = functools.cache(lambda function: inline(function, projection, n, rank, dtype))
+    for product, position, is_transposed in list(_products(projection)):
+        other = product.args[1 - position]
+        assert isinstance(other, fx.Node)
+        if position == 1:
+            function = countsketch_columns if is_transposed else countsketch_rows
+            dim = other.meta["val"].dim() - 1
+        elif not is_transposed:
+            function, dim = countsketch_columns, other.meta["val"].dim() - 2
+        else:
+            continue
+        index, signs = tables(function)
+        new = functools.partial(insert, graph, like=product, name=product.name)
+        with graph.inserting_before(product):
+            if position == 0:
+                signs = new(aten.unsqueeze.default, (signs, 1))
+            terms = new(aten.index.Tensor, (other, [None] * dim + [index]))
+            terms = new(aten.mul.Tensor, (terms, signs))
+            if function is countsketch_rows:
+                terms = new(aten.sum.dim_IntList, (terms, [-2]))
+        product.replace_all_uses_with(terms)
+        graph.erase_node(product)
+
+
+def _products(node: fx.Node, is_transposed: bool = False) -> Iterator[tuple[fx.Node, int, bool]]:
+    """The matmuls that read a projection, at which operand, and whether transposed."""
+    for user in node.users:
+        if is_transposition(user):
+            yield from _products(user, not is_transposed)
+        elif user.target is aten.expand.default:  # for each of a batch
+            yield from _products(user, is_transposed)
+        elif user.target in (aten.mm.default, aten.bmm.default):
+            yield user, user.args.index(node), is_transposed

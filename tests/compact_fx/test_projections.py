@@ -130,6 +130,8 @@ SPREAD = {
     "rademacher": lambda n, r: n * (n - 1) / r,
     "sparse": lambda n, r: n * (n + 1) / r,
     "orthogonal": lambda n, r: n * (n - r) / r,
+    # Pairs of rows of different blocks meet in one column with probability 1 / r.
+    "countsketch": lambda n, r: (n * n - n // r * r * r - (n % r) ** 2) / r,
 }
 
 
