@@ -11,6 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -24,28 +25,40 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from compact_fx import CompactAdamW, CompactBackend, compact_backend
 
-# What each variant compiles with: settings of the compact backend, a backend's name, or nothing.
-VARIANTS: dict[str, dict[str, Any] | str | None] = {
-    "eager": None,
-    "torch.compile": "inductor",
-    "compact n/4": {"rank": 0.25},
-    "compact n/8": {"rank": 0.125},
-    "compact n/4, recompute=False": {"rank": 0.25, "recompute": False},
-    "compact n/4, orthogonal": {"rank": 0.25, "projection": "orthogonal"},
-    "compact n/4, countsketch": {"rank": 0.25, "projection": "countsketch"},
-    "compact n/8, countsketch": {"rank": 0.125, "projection": "countsketch"},
-    "compact n/4, countsketch, recompute=False": {
-        "rank": 0.25,
-        "projection": "countsketch",
-        "recompute": False,
-    },
-    "compact n/4, countsketch, sketched gradients": {
-        "rank": 0.25,
-        "projection": "countsketch",
-        "gradients": "sketched",
-    },
-    "compact n/4, sketched gradients": {"rank": 0.25, "gradients": "sketched"},
-    "compact n/8, sketched gradients": {"rank": 0.125, "gradients": "sketched"},
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table.
+
+    Attributes:
+        backend: of torch.compile; None for eager.
+        settings: of the compact backend.
+        checkpointing: recompute each layer in the backward pass.
+        passes: forward and backward passes for each optimizer step.
+    """
+
+    backend: str | None = "compact"
+    settings: dict[str, Any] = field(default_factory=dict)
+    checkpointing: bool = False
+    passes: int = 1
+
+
+QUARTER, EIGHTH = {"rank": 0.25}, {"rank": 0.125}
+SKETCHED = {"gradients": "sketched"}
+VARIANTS = {
+    "torch.compile": Variant("inductor"),
+    "compact n/4": Variant(settings=QUARTER),
+    "compact n/4, sketched gradients": Variant(settings=QUARTER | SKETCHED),
+    "compact n/4, gaussian": Variant(settings=QUARTER | {"projection": "gaussian"}),
+    "compact n/4, recompute=False": Variant(settings=QUARTER | {"recompute": False}),
+    "compact n/8": Variant(settings=EIGHTH),
+    "compact n/8, sketched gradients": Variant(settings=EIGHTH | SKETCHED),
+    "eager": Variant(None),
+    "torch.compile, checkpointing": Variant("inductor", checkpointing=True),
+    "compact n/4, checkpointing": Variant(settings=QUARTER, checkpointing=True),
+    "torch.compile, 2 passes": Variant("inductor", passes=2),
+    "compact n/4, 2 passes": Variant(settings=QUARTER, passes=2),
+    "compact n/4, sketched gradients, 2 passes": Variant(settings=QUARTER | SKETCHED, passes=2),
 }
 
 
@@ -94,13 +107,15 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     torch.cuda.empty_cache()
     shape = shape_of(args)
     model = build(shape, "cuda")
-    settings = VARIANTS[name]
-    backend = settings
-    if isinstance(settings, dict):
-        backend = compact_backend(strict=True, **settings)
+    variant = VARIANTS[name]
+    if variant.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    backend: Any = variant.backend
+    if backend == "compact":
+        backend = compact_backend(strict=True, **variant.settings)
     if backend is not None:
         model.compile(backend=backend)
-    sketched = isinstance(settings, dict) and settings.get("gradients") == "sketched"
+    sketched = variant.settings.get("gradients") == "sketched"
     optimizer_class = CompactAdamW if sketched else torch.optim.AdamW
     optimizer = optimizer_class(model.parameters(), lr=1e-4, fused=True)  # type: ignore[call-arg]
     inputs = inputs_of(shape, "cuda")
@@ -109,12 +124,14 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     def step() -> tuple[float, int, float]:
         optimizer.zero_grad()
         torch.cuda.synchronize()
-        before, start = torch.cuda.memory_allocated(), time.perf_counter()
-        output = model(**inputs)
-        kept = torch.cuda.memory_allocated() - before
-        loss = loss_of(output, target)
-        del output
-        loss.backward()
+        start = time.perf_counter()
+        for _ in range(variant.passes):
+            before = torch.cuda.memory_allocated()
+            output = model(**inputs)
+            kept = torch.cuda.memory_allocated() - before
+            loss = loss_of(output, target)
+            del output
+            loss.backward()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         events[0].record()
         optimizer.step()

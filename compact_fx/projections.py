@@ -31,8 +31,8 @@ def _fold(product: Tensor) -> Tensor:
     return (product ^ (product >> 32)) & _WORD
 
 
-def _range(key: Tensor, n: int) -> Tensor:
-    return torch.arange(n, dtype=torch.int64, device=key.device)
+def _range(key: Tensor, n: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.arange(n, dtype=dtype, device=key.device)
 
 
 def _row_words(key: Tensor, index: Tensor) -> Tensor:
@@ -45,7 +45,9 @@ def _column_words(key: Tensor, index: Tensor) -> Tensor:
 
 def _words(key: Tensor, n: int, rank: int) -> Tensor:
     """(n, rank) independent 32-bit words: entry (i, j) depends on the key, i and j alone."""
-    product = _row_words(key, _range(key, n))[:, None] * (_column_words(key, _range(key, rank)) >> 1)
+    product = _row_words(key, _range(key, n))[:, None] * (
+        _column_words(key, _range(key, rank)) >> 1
+    )
     return ((_fold(product) * _MULTIPLIERS[2]) >> 20) & _WORD
 
 
@@ -80,19 +82,56 @@ def _signs(key: Tensor, row: Tensor) -> Tensor:
     return 1.0 - 2.0 * (_row_words(key, row) & 1).to(torch.float32)
 
 
+def _countsketch(key: Tensor, n: int, rank: int) -> Tensor:
+    columns, signs = countsketch_columns(key, n, rank, torch.float32)
+    return torch.where(columns[:, None] == _range(key, rank), signs[:, None], 0.0)
+
+
+def countsketch_columns(
+    key: Tensor, n: int, rank: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Column and sign (n,) of each row's one entry: F Pᵀ = F[:, columns] · signs.
+
+    Blocks of `rank` rows are rotated, each by its own random shift. Any two rows of different
+    blocks meet in a column with probability 1 / rank, as with independent columns, and neighbours
+    stay neighbours, which memory likes.
+    """
+    row = _range(key, n)
+    columns = (row + _shifts(key, row // rank, rank)) % rank
+    columns = _stored(columns.to(torch.int32)).clamp(0, rank - 1)
+    return columns, _stored(_signs(key, row).to(dtype))
+
+
+def countsketch_rows(key: Tensor, n: int, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows and signs of each column's entries: x P = Σ x[:, rows] · signs over all but the last.
+
+    Their shape is (blocks, rank), or (blocks / 4, 4, rank) where that is more than 7: Inductor
+    fuses only such short sums into one pointwise kernel.
+    """
+    blocks = -(-n // rank)
+    shape = (blocks, rank) if blocks < 8 else (-(-blocks // 4), 4, rank)
+    blocks = math.prod(shape[:-1])
+    block = _range(key, blocks)[:, None]
+    shifts = _stored(_shifts(key, block, rank).to(torch.int32))
+    turned = _range(key, rank, torch.int32) - shifts
+    rows = torch.where(turned >= 0, turned, turned + rank) + rank * block.to(torch.int32)
+    signs = torch.where(rows < n, _signs(key, rows.to(torch.int64)), 0.0).to(dtype)
+    # Where Inductor can see that an index is within bounds, it does not check each one.
+    return rows.clamp(0, n - 1).view(shape), _stored(signs).view(shape)
+
+
+def is_gathered(kind: str, n: int, rank: int) -> bool:
+    """Whether products with P are gathers; with more terms than these a matmul takes no longer."""
+    return kind == "countsketch" and n <= 16 * rank
+
+
 def _shifts(key: Tensor, block: Tensor, rank: int) -> Tensor:
     return _column_words(key, block) % rank
 
 
-def _slots(key: Tensor, n: int, rank: int) -> Tensor:
-    """(n,) the column of each row's one entry: blocks of `rank` rows, each rotated at random."""
-    row = _range(key, n)
-    return (row + _shifts(key, row // rank, rank)) % rank
-
-
-def _countsketch(key: Tensor, n: int, rank: int) -> Tensor:
-    entries = _slots(key, n, rank)[:, None] == _range(key, rank)
-    return torch.where(entries, _signs(key, _range(key, n))[:, None], 0.0)
+def _stored(table: Tensor) -> Tensor:
+    """The same tensor, which Inductor then computes once and not again for each of its readers."""
+    return table.as_strided(table.shape, table.stride())
 
 
 _DRAW: dict[str, Callable[[Tensor, int, int], Tensor]] = {
@@ -107,28 +146,6 @@ _DRAW: dict[str, Callable[[Tensor, int, int], Tensor]] = {
 def draw(key: Tensor, n: int, rank: int, kind: str, dtype: torch.dtype) -> Tensor:
     """P (n, rank) for a 0-d int64 key in [0, 2**63), in aten operators only; E[P Pᵀ] = I."""
     return _DRAW[kind](key, n, rank).to(dtype)
-
-
-def countsketch_rows(
-    key: Tensor, n: int, rank: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Rows and signs (⌈n / rank⌉, rank) of a countsketch: x P = Σ_b x[:, rows[b]] · signs[b]."""
-    block = _range(key, -(-n // rank))[:, None]
-    rows = block * rank + (_range(key, rank) - _shifts(key, block, rank)) % rank
-    signs = torch.where(rows < n, _signs(key, rows), 0.0).to(dtype)
-    return _stored(rows.clamp(max=n - 1)), _stored(signs)
-
-
-def countsketch_columns(
-    key: Tensor, n: int, rank: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Columns and signs (n,) of a countsketch: F Pᵀ = F[:, columns] · signs."""
-    return _stored(_slots(key, n, rank)), _stored(_signs(key, _range(key, n)).to(dtype))
-
-
-def _stored(table: Tensor) -> Tensor:
-    """The same tensor, which Inductor then computes once and not again for each of its readers."""
-    return table.as_strided(table.shape, table.stride())
 
 
 @torch.library.custom_op("compact_fx::random_projection", mutates_args=())

@@ -13,7 +13,7 @@ from compact_fx.passes.joint_graph import JointGraph
 from compact_fx.passes.partition import Partition, bytes_of, is_tensor, partition, storage_of
 from compact_fx.passes.rewrite_weight_grads import rewrite_weight_grads
 from compact_fx.plan import Plan, Proxy, Site
-from compact_fx.projections import Kind, Projection, salt_of
+from compact_fx.projections import Kind, Projection, is_gathered, salt_of
 
 
 def choose_sites(joint: JointGraph, config: CompactConfig) -> Plan:
@@ -270,7 +270,7 @@ def _with_flops(
         n, m, r = site.in_features, site.out_features, site.rank
         dense = sketched = 2 * t * n * m
         if site.placement is not None:
-            terms = 1 if kind == "countsketch" else r  # entries in a row of P
+            terms = 1 if is_gathered(kind, n, r) else r  # for each row of P
             sketched = 2 * t * n * terms // shares[site.sketch] + 2 * t * r * m
             sketched += 0 if site.index in proxies else 2 * e * n * terms * m
         yield replace(site, flops_before=dense, flops_after=sketched)

@@ -9,7 +9,13 @@ from torch import fx
 
 from compact_fx import _torch
 from compact_fx.passes.joint_graph import finish, insert, is_transposition
-from compact_fx.projections import RANDOM_PROJECTION, countsketch_columns, countsketch_rows, draw
+from compact_fx.projections import (
+    RANDOM_PROJECTION,
+    countsketch_columns,
+    countsketch_rows,
+    draw,
+    is_gathered,
+)
 
 aten = torch.ops.aten
 
@@ -45,7 +51,8 @@ def expand_projections(module: fx.GraphModule) -> int:
     nodes = graph.find_nodes(op="call_function", target=RANDOM_PROJECTION)
     inline = _Inliner(graph)
     for node in nodes:
-        if node.args[3] == "countsketch":
+        _, n, rank, kind, _ = node.args
+        if is_gathered(kind, n, rank):  # type: ignore[arg-type]
             _gather(graph, node, inline)
     graph.eliminate_dead_code()
     for node in graph.find_nodes(op="call_function", target=RANDOM_PROJECTION):
@@ -104,7 +111,8 @@ def _gather(graph: fx.Graph, projection: fx.Node, inline: _Inliner) -> None:
             terms = new(aten.index.Tensor, (other, [None] * dim + [index]))
             terms = new(aten.mul.Tensor, (terms, signs))
             if function is countsketch_rows:
-                terms = new(aten.sum.dim_IntList, (terms, [-2]))
+                for _ in index.meta["val"].shape[:-1]:
+                    terms = new(aten.sum.dim_IntList, (terms, [-2]))
         product.replace_all_uses_with(terms)
         graph.erase_node(product)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from compact_fx import compact_backend
+from compact_fx.projections import KINDS
 
 BLOCK = (
     *(f"self_attn.{name}_proj" for name in "qkvo"),
@@ -13,14 +14,15 @@ BLOCK = (
 
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("place", ["auto", "early", "late"])
-def test_orthogonal_at_full_rank_is_exact(
-    make_llama, tokens, gradients_of, relative_error, recompute, place
+@pytest.mark.parametrize("projection", ["orthogonal", "countsketch"])
+def test_full_rank_is_exact(
+    make_llama, tokens, gradients_of, relative_error, recompute, place, projection
 ):
     """The sites are rewritten, and every gradient equals eager's."""
     loss, exact = gradients_of(make_llama(), tokens)
     backend = compact_backend(
         rank=1.0,
-        projection="orthogonal",
+        projection=projection,
         recompute=recompute,
         place=place,
         inner="aot_eager",
@@ -39,7 +41,7 @@ def test_orthogonal_at_full_rank_is_exact(
         assert relative_error(compact[name], gradient) < 1e-4, name
 
 
-@pytest.mark.parametrize("projection", ["gaussian", "rademacher", "sparse", "orthogonal"])
+@pytest.mark.parametrize("projection", KINDS)
 @pytest.mark.parametrize("recompute", [True, False])
 def test_gradients_are_g_p_pt(
     make_llama, tokens, gradients_of, expected_gradients, relative_error, projection, recompute
@@ -172,11 +174,15 @@ def test_through_inductor(make_llama, tokens, gradients_of, expected_gradients, 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_on_cuda(make_llama, tokens, gradients_of, expected_gradients, relative_error, mode):
+@pytest.mark.parametrize("projection", ["gaussian", "countsketch"])
+def test_on_cuda(
+    make_llama, tokens, gradients_of, expected_gradients, relative_error, mode, projection
+):
     """The same on a GPU, with CUDA graphs too, and over a change of projections."""
     tokens = tokens.cuda()
     reference, model = make_llama(layers=1).cuda(), make_llama(layers=1).cuda()
-    backend = compact_backend(rank=0.25, update_interval=2, mode=mode, strict=True)
+    settings = {"projection": projection, "update_interval": 2, "mode": mode}
+    backend = compact_backend(rank=0.25, strict=True, **settings)
     step = torch.compile(model, backend=backend)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     loss, exact = gradients_of(reference, tokens)

@@ -12,6 +12,7 @@ from compact_fx.memory import Moment
 from compact_fx.plots import from_snapshot, timeline
 
 matplotlib = pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib.pyplot")
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +113,25 @@ def test_without_matplotlib(tmp_path):
     assert done.stderr.splitlines()[-1] == (
         "ImportError: pictures need matplotlib: pip install 'compact_fx[plots]'"
     )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_real_history_of_cuda(tmp_path):
+    """Its peak is the allocator's, over what was there before."""
+    model = nn.Sequential(nn.Linear(512, 2048), nn.Tanh(), nn.Linear(2048, 512)).cuda()
+    x = torch.randn(4096, 512, device="cuda")
+    model(x).sum().backward()  # libraries make their workspaces
+    model.zero_grad(set_to_none=False)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.memory._record_memory_history()
+    try:
+        model(x).sum().backward()
+        torch.cuda.synchronize()
+        moments = from_snapshot(torch.cuda.memory._snapshot())
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
+    peak = torch.cuda.max_memory_allocated() - before
+    assert max(moment.bytes for moment in moments) == pytest.approx(peak, rel=0.01)
+    assert {moment.phase for moment in moments} == {"forward", "backward"}
+    check_picture(timeline({"measured": moments}, tmp_path / "measured.png"))

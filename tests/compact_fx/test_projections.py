@@ -17,6 +17,8 @@ from compact_fx.projections import (
     RANDOM_PROJECTION,
     Projection,
     _words,
+    countsketch_columns,
+    countsketch_rows,
     draw,
     fold_in,
     random_projection,
@@ -76,6 +78,48 @@ def test_rademacher_and_sparse_take_only_their_values():
     assert set(standardized("rademacher").unique().round(decimals=5).tolist()) == {-1.0, 1.0}
     root = round(math.sqrt(3), 5)
     assert set(standardized("sparse").unique().round(decimals=5).tolist()) == {-root, 0.0, root}
+
+
+def test_countsketch_has_one_fair_sign_in_each_row():
+    p = torch.stack([random_projection(seed, 512, 128, kind="countsketch") for seed in range(64)])
+    assert set(p.unique().tolist()) == {-1.0, 0.0, 1.0}
+    assert torch.equal(p.abs().sum(-1), torch.ones(64, 512))
+    assert torch.equal(p.abs().sum(-2), torch.full((64, 128), 4.0))
+    signs = p.sum(-1).double()
+    # 5 σ, and neighbours, columns' members and draws are independent: four times 6e-7.
+    assert abs(signs.mean().item()) < 5 / math.sqrt(signs.numel())
+    assert_uncorrelated(signs[:, 1:], signs[:, :-1])
+    assert_uncorrelated(signs[:, 128:], signs[:, :-128])
+    assert_uncorrelated(signs[1:], signs[:-1])
+
+
+def test_rows_of_countsketch_meet_as_independent_columns_would():
+    """Once in `rank` draws, whichever two blocks they are of."""
+    count, rank = 6400, 16
+    columns = torch.stack(
+        [
+            random_projection(seed, 64, rank, kind="countsketch").abs().argmax(1)
+            for seed in range(count)
+        ]
+    )
+    pairs = [(0, 16), (0, 17), (5, 40), (15, 63), (20, 50)]
+    rates = torch.tensor([(columns[:, i] == columns[:, j]).double().mean() for i, j in pairs])
+    # 5 σ of a rate, five comparisons: false alarm 3e-6.
+    assert (rates - 1 / rank).abs().max() < 5 * math.sqrt(1 / rank / count)
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(n=st.integers(1, 400), rank=st.integers(1, 80), seed=st.integers(0, 2**40))
+def test_tables_of_countsketch_multiply_with_it(n, rank, seed):
+    """x P and F Pᵀ by gathering, for any shape."""
+    key = key_of(seed)
+    p = draw(key, n, rank, "countsketch", torch.float64)
+    x, factor = torch.randn(3, n, dtype=torch.float64), torch.randn(3, rank, dtype=torch.float64)
+    rows, signs = countsketch_rows(key, n, rank, torch.float64)
+    assert max(rows.shape[-2:-1]) < 8
+    torch.testing.assert_close((x[:, rows] * signs).flatten(1, -2).sum(1), x @ p)
+    columns, signs = countsketch_columns(key, n, rank, torch.float64)
+    assert torch.equal(factor[:, columns] * signs, factor @ p.T)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -11,6 +11,8 @@ from compact_fx.passes.partition import partition
 from compact_fx.passes.rewrite_weight_grads import rewrite_weight_grads
 from compact_fx.projections import KINDS, RANDOM_PROJECTION
 
+aten = torch.ops.aten
+
 
 def batch():
     return torch.randn(2, 8, 48)
@@ -27,7 +29,7 @@ def rewritten(joint_of):
     def make(module, *inputs, **settings):
         joint = joint_of(module, *inputs)
         plan = choose_sites(joint, CompactConfig(**settings))
-        changed = joint.with_keys(len(plan.projections))
+        changed = joint.with_keys(len(plan.projections), plan.proxies)
         rewrite_weight_grads(changed, plan)
         return changed
 
@@ -69,6 +71,48 @@ def test_rounded_projections_keep_their_values(rewritten, calls, values_of, eval
     expand_projections(joint.module)
     for a, b in zip(evaluate(joint.module, values), expected, strict=True):
         assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("gradients", ["dense", "sketched"])
+def test_products_with_a_countsketch_become_gathers(rewritten, ops_of, gradients):
+    """No matmul with P and no P: what is left are the forward's, ∂x's and the factors'."""
+    module = rewritten(mlp(), batch(), projection="countsketch", gradients=gradients).module
+    before = ops_of(module)
+    expand_projections(module)
+    after = ops_of(module)
+    both = 3 if gradients == "sketched" else 6  # z = x P, and dW = F Pᵀ
+    assert after[aten.mm.default] == before[aten.mm.default] - both
+    assert after[aten.index.Tensor] == both
+    largest = max(node.meta["val"].numel() for node in module.graph.nodes if node.op != "output")
+    assert largest < 48 * 12 * 8  # P in full would be compared as (48, 12) words
+
+
+def test_batched_products_with_a_countsketch_become_gathers(
+    rewritten, calls, ops_of, values_of, evaluate
+):
+    """Of experts, which share P, with in_features first and last."""
+    module = calls(
+        lambda m, x: torch.bmm(torch.bmm(x.sin(), m.w).tanh(), m.v.mT),
+        w=nn.Parameter(torch.randn(2, 48, 40)),
+        v=nn.Parameter(torch.randn(2, 48, 40)),
+    )
+    joint = rewritten(module, batch(), projection="countsketch", rank=8, place="late")
+    values = values_of(joint)
+    expected = evaluate(joint.module, values)
+    products = ops_of(joint.module)[aten.bmm.default]
+    expand_projections(joint.module)
+    assert ops_of(joint.module)[aten.bmm.default] == products - 4
+    assert ops_of(joint.module)[aten.index.Tensor] == 4
+    torch.testing.assert_close(evaluate(joint.module, values), expected)
+
+
+def test_thin_countsketches_stay_matmuls(rewritten, ops_of):
+    """One column in 24."""
+    module = rewritten(mlp(), batch(), projection="countsketch", rank=2).module
+    matmuls = ops_of(module)[aten.mm.default]
+    expand_projections(module)
+    assert ops_of(module)[aten.mm.default] == matmuls
+    assert ops_of(module)[aten.index.Tensor] == 0
 
 
 def test_both_sides_are_expanded_alike(rewritten, values_of, evaluate_cut, ops_of):
