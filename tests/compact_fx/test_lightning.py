@@ -53,7 +53,8 @@ def train(make_llama, tmp_path):
             enable_model_summary=False,
             **arguments,
         )
-        texts = [(torch.arange(32) + 11 * index) % 64 for index in range(12)]
+        # Equal batches: Lightning does not resume at the batch where it stopped.
+        texts = [(torch.arange(32) + 11 * (index % 4)) % 64 for index in range(12)]
         trainer.fit(module, DataLoader(texts, batch_size=4), ckpt_path=resume)
         return module.losses
 
