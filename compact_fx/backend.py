@@ -271,7 +271,7 @@ class GraphCompiler:
 
         def extra_inputs(arguments: Sequence[Any]) -> list[Tensor]:
             drawn = schedule.keys([arguments[index] for index in owners])
-            return [*drawn.keys, *proxy_inputs.proxies(arguments, drawn)]
+            return [*drawn.sources, *proxy_inputs.proxies(arguments, drawn)]
 
         module = _torch.copy_graph_module(self._module)
         extra = extra_inputs(self._example_inputs)

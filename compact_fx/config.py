@@ -42,7 +42,7 @@ class CompactConfig:
 
     rank: Rank | Mapping[str, Rank] = 0.25
     gradients: Literal["dense", "sketched"] = "dense"
-    projection: Kind = "gaussian"
+    projection: Kind = "countsketch"
     update_interval: int = 200
     seed: int = 0
     include: tuple[str, ...] = ("*",)

@@ -67,7 +67,7 @@ class CompactedGraphs:
 
     def _rewritten(self) -> tuple[JointGraph, dict[int, fx.Node]]:
         """A copy with the sketches in it: partitioning takes one over."""
-        joint = self._joint.with_keys(len(self.plan.projections), self.plan.proxies)
+        joint = self._joint.with_keys(self.plan.projections, self.plan.proxies)
         return joint, rewrite_weight_grads(joint, self.plan)
 
     def modules(self) -> dict[str, fx.GraphModule]:

@@ -254,7 +254,8 @@ def _fused_side_by_side(kernels: list[_Kernel], sizes: dict[int, int]) -> list[_
         if not kernel.fused:
             continue
         size = {sizes[storage] for storage in kernel.writes}
-        for i in dict.fromkeys(i for storage in kernel.reads for i in readers.get(storage, ())):
+        shared = [s for s in kernel.reads if 2 * sizes.get(s, 0) >= max(size)]  # worth the fusion
+        for i in dict.fromkeys(i for storage in shared for i in readers.get(storage, ())):
             alike = {sizes[storage] for storage in kernels[i].writes} == size
             if alike and j - i <= _WINDOW and group[i] != j and not needs(j, group[i]):
                 moved = members.pop(group[i])

@@ -31,8 +31,8 @@ def _fold(product: Tensor) -> Tensor:
     return (product ^ (product >> 32)) & _WORD
 
 
-def _range(key: Tensor, n: int, dtype: torch.dtype = torch.int64) -> Tensor:
-    return torch.arange(n, dtype=dtype, device=key.device)
+def _range(key: Tensor, n: int) -> Tensor:
+    return torch.arange(n, dtype=torch.int64, device=key.device)
 
 
 def _row_words(key: Tensor, index: Tensor) -> Tensor:
@@ -79,45 +79,60 @@ def _orthogonal(key: Tensor, n: int, rank: int) -> Tensor:
 
 
 def _signs(key: Tensor, row: Tensor) -> Tensor:
-    return 1.0 - 2.0 * (_row_words(key, row) & 1).to(torch.float32)
+    return 1.0 - 2.0 * _sign_bits(key, row).to(torch.float32)
+
+
+def _sign_bits(key: Tensor, row: Tensor) -> Tensor:
+    return _row_words(key, row) & 1
 
 
 def _countsketch(key: Tensor, n: int, rank: int) -> Tensor:
-    columns, signs = countsketch_columns(key, n, rank, torch.float32)
-    return torch.where(columns[:, None] == _range(key, rank), signs[:, None], 0.0)
+    table = key if key.dim() else countsketch_table(key, n, rank)
+    columns, signs = countsketch_columns(table, n, rank, torch.float32)
+    return torch.where(columns[:, None] == _range(table, rank), signs[:, None], 0.0)
 
 
-def countsketch_columns(
-    key: Tensor, n: int, rank: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Column and sign (n,) of each row's one entry: F Pᵀ = F[:, columns] · signs.
+def countsketch_table(key: Tensor, n: int, rank: int) -> Tensor:
+    """Where the entries of a countsketch are, one ±1 in each row: what a graph gets of its key.
 
     Blocks of `rank` rows are rotated, each by its own random shift. Any two rows of different
     blocks meet in a column with probability 1 / rank, as with independent columns, and neighbours
     stay neighbours, which memory likes.
+
+    Returns:
+        (n + blocks · rank,) int32: for each row its column, then for each column a row of each
+        block, -1 for none. The lowest bit is the sign.
     """
     row = _range(key, n)
     columns = (row + _shifts(key, row // rank, rank)) % rank
-    columns = _stored(columns.to(torch.int32)).clamp(0, rank - 1)
-    return columns, _stored(_signs(key, row).to(dtype))
+    block = _range(key, math.prod(_rows_shape(n, rank)[:-1]))[:, None]
+    rows = block * rank + (_range(key, rank) - _shifts(key, block, rank)) % rank
+    packed = torch.where(rows < n, 2 * rows + _sign_bits(key, rows), -1)
+    return torch.cat([2 * columns + _sign_bits(key, row), packed.flatten()]).to(torch.int32)
 
 
-def countsketch_rows(key: Tensor, n: int, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows and signs of each column's entries: x P = Σ x[:, rows] · signs over all but the last.
-
-    Their shape is (blocks, rank), or (blocks / 4, 4, rank) where that is more than 7: Inductor
-    fuses only such short sums into one pointwise kernel.
-    """
+def _rows_shape(n: int, rank: int) -> tuple[int, ...]:
+    """(blocks, rank), or (blocks / 4, 4, rank): Inductor fuses only sums of less than 8 terms."""
     blocks = -(-n // rank)
-    shape = (blocks, rank) if blocks < 8 else (-(-blocks // 4), 4, rank)
-    blocks = math.prod(shape[:-1])
-    block = _range(key, blocks)[:, None]
-    shifts = _stored(_shifts(key, block, rank).to(torch.int32))
-    turned = _range(key, rank, torch.int32) - shifts
-    rows = torch.where(turned >= 0, turned, turned + rank) + rank * block.to(torch.int32)
-    signs = torch.where(rows < n, _signs(key, rows.to(torch.int64)), 0.0).to(dtype)
+    return (blocks, rank) if blocks < 8 else (-(-blocks // 4), 4, rank)
+
+
+def countsketch_columns(
+    table: Tensor, n: int, rank: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Column and sign (n,) of each row's entry: F Pᵀ = F[:, columns] · signs."""
+    packed = table[:n]
     # Where Inductor can see that an index is within bounds, it does not check each one.
-    return rows.clamp(0, n - 1).view(shape), _stored(signs).view(shape)
+    return (packed >> 1).clamp(0, rank - 1), (1 - 2 * (packed & 1)).to(dtype)
+
+
+def countsketch_rows(table: Tensor, n: int, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows and signs of each column's entries: x P = Σ x[:, rows] · signs over all but the last."""
+    packed = table[n:].view(_rows_shape(n, rank))
+    signs = 1 - 2 * (packed & 1)
+    if packed.numel() > n:
+        signs = torch.where(packed < 0, 0, signs)
+    return (packed >> 1).clamp(0, n - 1), signs.to(dtype)
 
 
 def is_gathered(kind: str, n: int, rank: int) -> bool:
@@ -127,11 +142,6 @@ def is_gathered(kind: str, n: int, rank: int) -> bool:
 
 def _shifts(key: Tensor, block: Tensor, rank: int) -> Tensor:
     return _column_words(key, block) % rank
-
-
-def _stored(table: Tensor) -> Tensor:
-    """The same tensor, which Inductor then computes once and not again for each of its readers."""
-    return table.as_strided(table.shape, table.stride())
 
 
 _DRAW: dict[str, Callable[[Tensor, int, int], Tensor]] = {
@@ -144,8 +154,16 @@ _DRAW: dict[str, Callable[[Tensor, int, int], Tensor]] = {
 
 
 def draw(key: Tensor, n: int, rank: int, kind: str, dtype: torch.dtype) -> Tensor:
-    """P (n, rank) for a 0-d int64 key in [0, 2**63), in aten operators only; E[P Pᵀ] = I."""
+    """P (n, rank) for a 0-d int64 key in [0, 2**63), in aten operators only; E[P Pᵀ] = I.
+
+    Instead of the key of a countsketch, its table.
+    """
     return _DRAW[kind](key, n, rank).to(dtype)
+
+
+def source(key: Tensor, n: int, rank: int, kind: str) -> Tensor:
+    """What a graph gets to make P of: the key, or the table of a countsketch."""
+    return countsketch_table(key, n, rank) if kind == "countsketch" else key
 
 
 @torch.library.custom_op("compact_fx::random_projection", mutates_args=())
@@ -159,7 +177,7 @@ def _(key: Tensor, n: int, rank: int, kind: str, dtype: torch.dtype) -> Tensor:
 
 
 RANDOM_PROJECTION = torch.ops.compact_fx.random_projection.default
-"""The projection as one graph node: (key, n, rank, kind, dtype) -> (n, rank)."""
+"""The projection as one graph node: (key or table, n, rank, kind, dtype) -> (n, rank)."""
 
 
 def salt_of(name: str) -> int:
@@ -179,7 +197,7 @@ def random_projection(
     *,
     salt: int = 0,
     generation: int = 0,
-    kind: Kind = "gaussian",
+    kind: Kind = "countsketch",
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
@@ -190,7 +208,8 @@ def random_projection(
         n: features to project, `rank`: how many to, 1 ≤ rank (≤ n for "orthogonal").
         kind: "gaussian" N(0, 1/rank), "rademacher" ±1/√rank, "sparse" (two in three entries
             are 0), "orthogonal" (PᵀP = (n / rank)·I exactly, so P Pᵀ = I at rank n),
-            "countsketch" (one ±1 in each row: a signed permutation at rank n).
+            "countsketch" (one ±1 in each row, Charikar et al., 2002: products with P are gathers;
+            a signed permutation at rank n).
         dtype: drawn in float32 and rounded to this.
 
     Raises:
@@ -240,3 +259,7 @@ class Projection:
             dtype=self.dtype,
             device=device,
         )
+
+    def source(self, key: Tensor) -> Tensor:
+        """See `source`."""
+        return source(key, self.in_features, self.rank, self.kind)

@@ -73,25 +73,26 @@ def set_steps(weights: Iterable[Tensor], steps: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """The keys of one call of a compiled graph.
+    """What one call of a compiled graph draws its projections from.
 
     Attributes:
-        keys: 0-d int64 tensors, one for each projection; `values`: the same as numbers.
+        sources: for each projection its key, a 0-d int64 tensor, or its table.
+        values: the keys as numbers.
     """
 
-    keys: tuple[Tensor, ...]
+    sources: tuple[Tensor, ...]
     values: tuple[int, ...]
 
 
 class KeySchedule:
-    """The key inputs of one compiled graph: one 0-d int64 tensor for each of its projections.
+    """The keys of one compiled graph's projections, or what they are drawn to beforehand.
 
     New tensors, never new values in old ones: a backward pass that is still to come keeps the keys
     of its own forward pass. Equal blocks share a graph, so each set of weights has its own.
     """
 
     def __init__(self, plan: Plan, seed: int, update_interval: int) -> None:
-        self._salts = tuple(projection.salt for projection in plan.projections)
+        self._projections = plan.projections
         self._seed = seed
         self._update_interval = update_interval
         # By ids of weights: the weights, when they were last looked at, their generations, keys.
@@ -121,12 +122,14 @@ class KeySchedule:
 
     def _draw(self, generations: Sequence[int], device: torch.device) -> Drawn:
         values = tuple(
-            fold_in(self._seed, salt, generation)
-            for salt, generation in zip(self._salts, generations, strict=True)
+            fold_in(self._seed, projection.salt, generation)
+            for projection, generation in zip(self._projections, generations, strict=True)
         )
         # One copy to the device; clones, since a view of a vector is not 16-byte aligned.
         stacked = torch.tensor(values, dtype=torch.int64).to(device)
-        return Drawn(tuple(key.clone() for key in stacked.unbind()), values)
+        keys = [key.clone() for key in stacked.unbind()]
+        sources = (p.source(key) for p, key in zip(self._projections, keys, strict=True))
+        return Drawn(tuple(sources), values)
 
 
 @dataclass(frozen=True)

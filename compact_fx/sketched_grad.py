@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compact_fx import _torch
-from compact_fx.projections import RANDOM_PROJECTION, Projection, draw
+from compact_fx.projections import RANDOM_PROJECTION, Projection, draw, source
 
 aten = torch.ops.aten
 
@@ -33,11 +33,11 @@ class Basis:
     def matrix(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """P (in_features, rank), rounded as the compiled graph rounds it, then in this dtype."""
         p = self.projection
-        key = _key_on(device, self.key)
+        given = _source_on(device, p, self.key)
         if device.type != "cuda":
-            drawn = RANDOM_PROJECTION(key, p.in_features, p.rank, p.kind, p.dtype)
+            drawn = RANDOM_PROJECTION(given, p.in_features, p.rank, p.kind, p.dtype)
         else:
-            drawn = _compiled_draw(device, p.in_features, p.rank, p.kind, p.dtype)(key)
+            drawn = _compiled_draw(device, p.in_features, p.rank, p.kind, p.dtype)(given)
         result: Tensor = drawn.to(dtype)
         return result
 
@@ -64,18 +64,18 @@ class Basis:
         return tuple(shape)
 
 
-_keys: dict[tuple[torch.device, int], Tensor] = {}
+_sources: dict[tuple[torch.device, Projection, int], Tensor] = {}
 
 
-def _key_on(device: torch.device, key: int) -> Tensor:
-    """The key as a tensor: optimizers ask for the same few hundred at every step."""
-    tensor = _keys.get((device, key))
+def _source_on(device: torch.device, projection: Projection, key: int) -> Tensor:
+    """What to draw from: optimizers ask for the same few hundred at every step."""
+    tensor = _sources.get((device, projection, key))
     if tensor is None:
-        tensor = torch.full((), key, dtype=torch.int64, device=device)
-        if len(_keys) > 4096:
-            _keys.clear()
+        tensor = projection.source(torch.full((), key, dtype=torch.int64, device=device))
+        if len(_sources) > 4096:
+            _sources.clear()
         if type(tensor) is Tensor:  # and no fake one
-            _keys[device, key] = tensor
+            _sources[device, projection, key] = tensor
     return tensor
 
 
@@ -85,7 +85,8 @@ def _compiled_draw(
 ) -> Callable[[Tensor], Tensor]:
     """`draw` as one fused kernel: operator by operator it would be forty."""
     function = functools.partial(draw, n=n, rank=rank, kind=kind, dtype=dtype)
-    return _torch.compile_function(function, torch.zeros((), dtype=torch.int64, device=device))
+    example = source(torch.zeros((), dtype=torch.int64, device=device), n, rank, kind)
+    return _torch.compile_function(function, example)
 
 
 class SketchedGrad(Tensor):

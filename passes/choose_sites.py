@@ -106,7 +106,7 @@ class _Trial:
 
 
 def _try(joint: JointGraph, plan: Plan) -> _Trial:
-    copy = joint.with_keys(len(plan.projections), plan.proxies)
+    copy = joint.with_keys(plan.projections, plan.proxies)
     uses = _uses(find_weight_grads(copy))
     activations = {
         site.sketch: uses[site.index, site.use].activation

@@ -31,15 +31,15 @@ def expand_projections(module: fx.GraphModule) -> int:
 
         iota = prims.iota(2048); ... ; erfinv = aten.erfinv(...); P = convert_element_type(...)
 
-    A countsketch has one ±1 in each row, so its products are gathers and P is never drawn. Before::
+    A countsketch has one ±1 in each row, so its products are gathers and P is never made. Before::
 
-        P = compact_fx.random_projection(key, 2048, 512, "countsketch", torch.bfloat16)
+        P = compact_fx.random_projection(table, 2048, 512, "countsketch", torch.bfloat16)
         z = aten.mm(x, P)
         dW = aten.mm(factor, Pᵀ)
 
     After::
 
-        rows, signs = ...                           # (4, 512) each, from the key
+        rows, signs = ...                           # (4, 512) each, from the table
         z = aten.sum(x[:, rows] * signs, [-2])      # one kernel: (tokens, 4, 512) is never stored
         columns, signs = ...                        # (2048,) each
         dW = factor[:, columns] * signs
@@ -63,7 +63,7 @@ def expand_projections(module: fx.GraphModule) -> int:
 
 
 class _Inliner:
-    """Writes functions of a projection's key into the graph, in front of the projection."""
+    """Writes functions of a projection's key or table into the graph, in front of it."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self._graph = graph
@@ -72,18 +72,18 @@ class _Inliner:
     def __call__(
         self, function: Callable[..., Any], projection: fx.Node, *settings: Any
     ) -> list[fx.Node]:
-        key = projection.args[0]
-        assert isinstance(key, fx.Node)
-        value = key.meta["val"]
+        source = projection.args[0]
+        assert isinstance(source, fx.Node)
+        value = source.meta["val"]
         cached = (function, value.device, *settings)
         if cached not in self._templates:
-            self._templates[cached] = _torch.trace(lambda key: function(key, *settings), value)
+            self._templates[cached] = _torch.trace(lambda given: function(given, *settings), value)
         copies: dict[fx.Node, fx.Node] = {}
         template = self._templates[cached].graph
         with self._graph.inserting_before(projection):
             for node in template.nodes:
                 if node.op == "placeholder":
-                    copies[node] = key
+                    copies[node] = source
                 elif node.op != "output":
                     copies[node] = self._graph.node_copy(node, copies.__getitem__)
         return [copies[node] for node in template.output_node().all_input_nodes]

@@ -11,6 +11,7 @@ from torch import fx
 from compact_fx import _torch
 from compact_fx.errors import CannotCompact
 from compact_fx.plan import Proxy
+from compact_fx.projections import Projection
 
 aten = torch.ops.aten
 
@@ -25,7 +26,7 @@ class JointGraph:
         static_inputs: positions of placeholders that outlive the step, as far as torch says so.
         weights: input index → qualified name, of the parameters.
         buffers: input indices of the buffers.
-        key_inputs: input indices of the projections' keys, in the plan's order.
+        key_inputs: input indices of the projections' keys or tables, in the plan's order.
         proxy_inputs: input indices of the plan's proxies; empty while the plan is being made.
         like_eager: cut it as eager autograd would, which recomputes nothing; to compare with.
     """
@@ -44,17 +45,21 @@ class JointGraph:
         graph = copy.deepcopy(self.module.graph)
         return replace(self, module=fx.GraphModule(self.module, graph))
 
-    def with_keys(self, count: int, proxies: Sequence[Proxy] = ()) -> "JointGraph":
-        """A copy with inputs for `count` projections and for proxies, as the compiled graph has."""
+    def with_keys(
+        self, projections: Sequence[Projection], proxies: Sequence[Proxy] = ()
+    ) -> "JointGraph":
+        """A copy with inputs for projections and for proxies, as the compiled graph has."""
         duplicate = self.copy()
         graph, inputs = duplicate.module.graph, duplicate.inputs()
         weights = duplicate.weight_inputs()
         first = max(inputs) + 1
         last = inputs[max(inputs)]
+        count = len(projections)
         if not count:
             return duplicate
         like = next(iter(weights.values())).meta["val"]
-        values = [like.new_empty((), dtype=torch.int64) for _ in range(count)]
+        with _torch.fake_mode_of(like):
+            values = [p.source(like.new_empty((), dtype=torch.int64)) for p in projections]
         values += [weights[p.index].meta["val"].new_empty(1).expand(p.shape) for p in proxies]
         for index, value in enumerate(values, first):
             with graph.inserting_after(last):

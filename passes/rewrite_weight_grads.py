@@ -34,7 +34,7 @@ def rewrite_weight_grads(joint: JointGraph, plan: Plan) -> dict[int, fx.Node]:
     computed in the backward pass.
 
     Args:
-        joint: changed in place; has one 0-d int64 key input for each of the plan's projections.
+        joint: changed in place; has a key or table as input for each of the plan's projections.
         plan: decides everything.
 
     Returns:

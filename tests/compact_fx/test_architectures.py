@@ -328,15 +328,22 @@ def test_through_inductor(name, expected_gradients):
     assert_equal(compact, expected_gradients(exact, backend))
 
 
+ON_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
 @pytest.mark.filterwarnings("ignore:nothing is sketched in a graph")
-def test_experts_in_bfloat16():
+@pytest.mark.parametrize(
+    ("device", "inner"),
+    [("cpu", "aot_eager"), pytest.param("cuda", "inductor", marks=ON_CUDA)],
+)
+def test_experts_in_bfloat16(device, inner):
     """There torch's own grouped matmul is used; exact but for rounding of P and of z."""
-    batch = text()
+    batch = {name: tensor.to(device) for name, tensor in text().items()}
     gradients = []
-    backend = compact_backend(rank=1.0, projection="orthogonal", inner="aot_eager", strict=True)
-    nothing = compact_backend(exclude=("*",), inner="aot_eager", strict=True)
+    backend = compact_backend(rank=1.0, projection="orthogonal", inner=inner, strict=True)
+    nothing = compact_backend(exclude=("*",), inner=inner, strict=True)
     for compiler in (nothing, backend):
-        model = build("olmoe")[0].bfloat16()
+        model = build("olmoe")[0].bfloat16().to(device)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         gradients.append(train(model, batch, optimizer, compiler, steps=1)[1])
     assert_every_linear_is_sketched(model, backend.plans[0])

@@ -383,7 +383,7 @@ def test_distributed_checkpoint_round_trip(tmp_path):
     ("settings", "message"),
     [
         ({"rank": 0.5}, r"has rank=16, its gradient has rank=32"),
-        ({"projection": "sparse"}, r"has kind=gaussian, its gradient has kind=sparse"),
+        ({"projection": "sparse"}, r"has kind=countsketch, its gradient has kind=sparse"),
         ({"gradients": "dense"}, None),
     ],
 )

@@ -19,6 +19,7 @@ from compact_fx.projections import (
     _words,
     countsketch_columns,
     countsketch_rows,
+    countsketch_table,
     draw,
     fold_in,
     random_projection,
@@ -115,10 +116,12 @@ def test_tables_of_countsketch_multiply_with_it(n, rank, seed):
     key = key_of(seed)
     p = draw(key, n, rank, "countsketch", torch.float64)
     x, factor = torch.randn(3, n, dtype=torch.float64), torch.randn(3, rank, dtype=torch.float64)
-    rows, signs = countsketch_rows(key, n, rank, torch.float64)
+    table = countsketch_table(key, n, rank)
+    assert torch.equal(draw(table, n, rank, "countsketch", torch.float64), p)
+    rows, signs = countsketch_rows(table, n, rank, torch.float64)
     assert max(rows.shape[-2:-1]) < 8
     torch.testing.assert_close((x[:, rows] * signs).flatten(1, -2).sum(1), x @ p)
-    columns, signs = countsketch_columns(key, n, rank, torch.float64)
+    columns, signs = countsketch_columns(table, n, rank, torch.float64)
     assert torch.equal(factor[:, columns] * signs, factor @ p.T)
 
 

@@ -33,7 +33,7 @@ def schedule_of(*weights, interval=1, seed=0):
 
 
 def values(drawn):
-    assert [key.item() for key in drawn.keys] == list(drawn.values)
+    assert [key.item() for key in drawn.sources] == list(drawn.values)
     return list(drawn.values)
 
 
@@ -42,7 +42,7 @@ def test_keys_are_those_of_seed_salt_and_generation():
     schedule = KeySchedule(plan_of(11, 12), 5, 2)
     keys = schedule.keys(weights)
     assert values(keys) == [fold_in(5, 11, 0), fold_in(5, 12, 0)]
-    assert all(key.shape == () and key.dtype == torch.int64 for key in keys.keys)
+    assert all(key.shape == () and key.dtype == torch.int64 for key in keys.sources)
     optimizer = torch.optim.SGD(weights, lr=0.1)
     optimizer.step()
     optimizer.step()
@@ -110,12 +110,12 @@ def test_new_keys_are_new_tensors_and_old_ones_keep_their_values():
     new = schedule.keys([weight])
     assert values(old) == expected
     assert values(new) != expected
-    assert new.keys[0].data_ptr() != old.keys[0].data_ptr()
+    assert new.sources[0].data_ptr() != old.sources[0].data_ptr()
 
 
 def test_keys_of_several_projections_share_no_storage():
     weights = [weight_of(), weight_of(), weight_of()]
-    keys = schedule_of(*weights).keys(weights).keys
+    keys = schedule_of(*weights).keys(weights).sources
     assert len({key.untyped_storage().data_ptr() for key in keys}) == 3
     assert all(key.storage_offset() == 0 for key in keys)
 

@@ -21,6 +21,12 @@ from torch.utils.checkpoint import (
 
 from compact_fx import CompactAdamW, compact_backend
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
 TOLERANCE = 1e-4
 
 
@@ -375,6 +381,47 @@ def test_custom_operators(same_gradients):
             return self.second(scaled(torch.tanh(self.first(x))))
 
     same_gradients(Model)
+
+
+if triton is not None:
+
+    @triton.jit
+    def double_kernel(x, out, count, BLOCK: tl.constexpr):
+        index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(x + index, mask=index < count)
+        tl.store(out + index, 2 * value, mask=index < count)
+
+
+class Doubled(torch.autograd.Function):
+    """A person's own Triton kernel, in both directions."""
+
+    @staticmethod
+    def forward(ctx, x):
+        out = torch.empty_like(x)
+        double_kernel[(-(-x.numel() // 256),)](x, out, x.numel(), BLOCK=256)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return Doubled.forward(ctx, gradient.contiguous())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or triton is None, reason="needs a CUDA GPU")
+def test_triton_kernels(same_gradients):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second = nn.Linear(64, 96), nn.Linear(96, 48)
+
+        def forward(self, x):
+            return self.second(Doubled.apply(torch.tanh(self.first(x))))
+
+    def train(step, model):
+        step(batch().cuda()).pow(2).mean().backward()
+
+    compact, _ = same_gradients(lambda: Model().cuda(), train, inner="inductor")
+    assert len(compact.plans[0].sketched) == 2
 
 
 # --- several models, and what happens to a model afterwards --------------------------------------

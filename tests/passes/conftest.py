@@ -9,7 +9,7 @@ from torch import fx, nn
 from compact_fx import _torch
 from compact_fx.passes.joint_graph import JointGraph
 from compact_fx.passes.split_grouped_backward import split_grouped_backward
-from compact_fx.projections import fold_in
+from compact_fx.projections import RANDOM_PROJECTION, fold_in, source
 
 
 class _Stop(BaseException):
@@ -81,7 +81,9 @@ def _values_of(joint: JointGraph, seed: int = 0) -> dict[str, torch.Tensor]:
     for node in joint.module.graph.find_nodes(op="placeholder"):
         fake = node.meta["val"]
         if node.name in keys:
-            values[node.name] = torch.tensor(fold_in(seed, keys[node.name]))
+            key = torch.tensor(fold_in(seed, keys[node.name]))
+            reader = next(user for user in node.users if user.target is RANDOM_PROJECTION)
+            values[node.name] = source(key, *reader.args[1:4])
         elif fake.dtype.is_floating_point:
             values[node.name] = torch.randn(fake.shape, generator=generator).to(fake.dtype)
         else:
@@ -98,8 +100,9 @@ def _evaluate(module: fx.GraphModule, values: dict[str, torch.Tensor]) -> list[t
 def _evaluate_cut(cut, num_fwd_outputs: int, values: dict[str, torch.Tensor]):
     """The outputs of the forward, then those of the backward that gets what the forward saved."""
     outputs = _evaluate(cut.forward, values)
-    names = [node.name for node in cut.forward.graph.output_node().args[0]]
-    saved = dict(zip(names[num_fwd_outputs:], outputs[num_fwd_outputs:], strict=True))
+    kept = outputs[num_fwd_outputs:]
+    inputs = cut.backward.graph.find_nodes(op="placeholder")  # what was kept comes first
+    saved = dict(zip((node.name for node in inputs[: len(kept)]), kept, strict=True))
     return outputs[:num_fwd_outputs] + _evaluate(cut.backward, {**values, **saved})
 
 

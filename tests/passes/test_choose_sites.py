@@ -289,10 +289,17 @@ def test_sketching_saves_floating_point_operations(joint_of, attention_of):
 
 
 def test_a_shared_sketch_is_cheaper_than_its_own(joint_of, attention_of):
-    sites = sites_of(choose_sites(joint_of(attention_of(), batch()), CompactConfig()))
+    config = CompactConfig(projection="gaussian")
+    sites = sites_of(choose_sites(joint_of(attention_of(), batch()), config))
     t, n, r, m = 128, 64, 16, 64
     assert sites["o.weight"].flops_after == 2 * (t * n * r + t * r * m + n * r * m)
     assert sites["q.weight"].flops_after == 2 * (t * r * m + n * r * m) + 2 * t * n * r // 3
+
+
+def test_products_with_a_countsketch_take_one_operation_for_each_row(joint_of, attention_of):
+    sites = sites_of(choose_sites(joint_of(attention_of(), batch()), CompactConfig()))
+    t, n, r, m = 128, 64, 16, 64
+    assert sites["o.weight"].flops_after == 2 * (t * n + t * r * m + n * m)
 
 
 # ---------------------------------------------------------------------------------------------

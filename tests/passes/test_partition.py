@@ -42,7 +42,7 @@ def cut_of(joint_of):
         config = CompactConfig(**settings)
         joint = joint_of(module, *inputs)
         plan = choose_sites(joint, config)
-        changed = joint.with_keys(len(plan.projections))
+        changed = joint.with_keys(plan.projections)
         rewrite_weight_grads(changed, plan)
         return changed, plan, partition(changed.copy(), recompute=config.recompute)
 

@@ -17,7 +17,7 @@ from compact_fx.passes.choose_sites import choose_sites
 from compact_fx.passes.find_weight_grads import find_weight_grads
 from compact_fx.passes.joint_graph import finish, is_transposition
 from compact_fx.passes.rewrite_weight_grads import rewrite_weight_grads
-from compact_fx.projections import RANDOM_PROJECTION, fold_in, random_projection
+from compact_fx.projections import RANDOM_PROJECTION, fold_in, random_projection, source
 
 mm = torch.ops.aten.mm.default
 
@@ -33,7 +33,7 @@ def rewritten(joint_of):
     def make(module, *inputs, **settings):
         joint = joint_of(module, *inputs)
         plan = choose_sites(joint, CompactConfig(**settings))
-        changed = joint.with_keys(len(plan.projections))
+        changed = joint.with_keys(plan.projections)
         return joint, plan, changed, rewrite_weight_grads(changed, plan)
 
     return make
@@ -238,7 +238,7 @@ def test_a_square_activation_and_its_transpose_have_sketches_of_their_own(
     left, right = (grad.uses[0] for grad in find_weight_grads(joint))
     assert left.activation is right.activation
     assert [use.features_first for use in (left, right)] == [True, False]
-    changed = joint.with_keys(len(plan.projections))
+    changed = joint.with_keys(plan.projections)
     assert len(rewrite_weight_grads(changed, plan)) == 2
     values = values_of(changed)
     for a, b in zip(evaluate(joint.module, values), evaluate(changed.module, values), strict=True):
@@ -258,7 +258,7 @@ def test_a_site_that_is_not_there_cannot_be_compacted(joint_of, change):
     plan = choose_sites(joint, CompactConfig())
     wrong = replace(plan, sites=tuple(replace(site, **change) for site in plan.sites))
     with pytest.raises(CannotCompact, match="gradient of weight is not the one"):
-        rewrite_weight_grads(joint.with_keys(1), wrong)
+        rewrite_weight_grads(joint.with_keys(plan.projections), wrong)
 
 
 def test_a_copy_is_rewritten_and_the_original_stays(rewritten, calls, ops_of):
@@ -283,8 +283,8 @@ def test_a_key_of_the_graph_is_that_of_the_seed(rewritten, values_of, evaluate):
     """The projection in the graph is the one that `random_projection` gives outside."""
     _, _, changed, _ = rewritten(nn.Linear(64, 48), batch(), rank=8)
     (node,) = changed.module.graph.find_nodes(op="call_function", target=RANDOM_PROJECTION)
-    key = torch.tensor(fold_in(3, 4, 5))
-    drawn = node.target(key, *node.args[1:])
+    given = source(torch.tensor(fold_in(3, 4, 5)), *node.args[1:4])
+    drawn = node.target(given, *node.args[1:])
     assert torch.equal(drawn, random_projection(3, 64, 8, salt=4, generation=5))
 
 
