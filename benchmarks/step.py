@@ -56,6 +56,9 @@ VARIANTS = {
     "eager": Variant(None),
     "torch.compile, checkpointing": Variant("inductor", checkpointing=True),
     "compact n/4, checkpointing": Variant(settings=QUARTER, checkpointing=True),
+    "compact n/4, sketched gradients, checkpointing": Variant(
+        settings=QUARTER | SKETCHED, checkpointing=True
+    ),
     "torch.compile, 2 passes": Variant("inductor", passes=2),
     "compact n/4, 2 passes": Variant(settings=QUARTER, passes=2),
     "compact n/4, sketched gradients, 2 passes": Variant(settings=QUARTER | SKETCHED, passes=2),
