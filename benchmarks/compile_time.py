@@ -8,6 +8,7 @@ Every measurement is a process of its own with an empty cache; the two alternate
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -79,7 +80,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores",
         "torch": torch.__version__,
         "date": date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "seconds": seconds,
         "ratio": ratio,
     }

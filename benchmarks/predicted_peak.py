@@ -5,6 +5,7 @@ python benchmarks/predicted_peak.py benchmarks/results/step.json benchmarks/resu
 
 import argparse
 import json
+import shlex
 import sys
 from datetime import date
 from functools import partial
@@ -64,7 +65,7 @@ def main() -> None:
         "predicted_on": "CPU",
         "torch": torch.__version__,
         "date": date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "rows": rows,
     }
     args.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -6,6 +6,7 @@ python benchmarks/projections.py --out benchmarks/results/projections.json
 import argparse
 import json
 import os
+import shlex
 import statistics
 import sys
 import tempfile
@@ -101,7 +102,7 @@ def write(done: list[dict[str, Any]], args: argparse.Namespace) -> None:
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "torch": torch.__version__,
         "date": date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "runs": done,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import argparse
 import gc
 import json
 import os
+import shlex
 import statistics
 import sys
 import tempfile
@@ -44,12 +45,13 @@ class Variant:
 
 
 QUARTER, EIGHTH = {"rank": 0.25}, {"rank": 0.125}
-SKETCHED = {"gradients": "sketched"}
+SKETCHED, GAUSSIAN = {"gradients": "sketched"}, {"projection": "gaussian"}
 VARIANTS = {
     "torch.compile": Variant("inductor"),
     "compact n/4": Variant(settings=QUARTER),
     "compact n/4, sketched gradients": Variant(settings=QUARTER | SKETCHED),
-    "compact n/4, gaussian": Variant(settings=QUARTER | {"projection": "gaussian"}),
+    "compact n/4, gaussian": Variant(settings=QUARTER | GAUSSIAN),
+    "compact n/4, gaussian, sketched gradients": Variant(settings=QUARTER | GAUSSIAN | SKETCHED),
     "compact n/4, recompute=False": Variant(settings=QUARTER | {"recompute": False}),
     "compact n/8": Variant(settings=EIGHTH),
     "compact n/8, sketched gradients": Variant(settings=EIGHTH | SKETCHED),
@@ -212,7 +214,7 @@ def write(rows: list[dict[str, Any]], shape: dict[str, int], path: Path) -> None
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "date": date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "shape": shape,
         "rows": rows,
     }
