@@ -55,7 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--rank", type=_rank, default=CompactConfig.rank, help=rank_help)
     modes = ["dense", "sketched"]
     model.add_argument("--gradients", default="dense", choices=modes, help="of the report (dense)")
-    model.add_argument("--projection", default="gaussian", choices=KINDS, help="(gaussian)")
+    default = CompactConfig.projection
+    model.add_argument("--projection", default=default, choices=KINDS, help=f"({default})")
     model.add_argument("--no-recompute", action="store_true", help="recompute=False")
 
     command = commands.add_parser(

@@ -23,7 +23,8 @@ class CompactConfig:
             and weights that match none are left alone.
         gradients: "dense" gives every weight a `.grad` of its own shape. "sketched" gives it a
             `SketchedGrad` that holds the (out_features, rank) factor: for `CompactAdamW`.
-        projection: "gaussian", "rademacher", "sparse" or "orthogonal".
+        projection: "countsketch" (its products are gathers, not matmuls), "gaussian" (the
+            paper's), "rademacher", "sparse" or "orthogonal"; see `random_projection`.
         update_interval: optimizer steps after which a weight's projection changes (T in the paper).
         seed: of all projections; the same seed and steps give the same run.
         include: glob patterns of the qualified parameter names that may be sketched.

@@ -31,7 +31,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from compact_fx import CompactBackend, compact_backend
+from compact_fx import CompactBackend, CompactConfig, compact_backend
+from compact_fx.projections import KINDS
 
 CONFIGS = Path(__file__).parent / "configs"
 BACKENDS = ("eager", "inductor", "compact")
@@ -115,7 +116,7 @@ def make_parser() -> Parser:
     add("--config", default="tiny", help=f"{', '.join(config_names())}, or a path to a JSON file")
     add("--backend", nargs="+", choices=BACKENDS, default=BACKENDS, help="which to compare")
     add("--rank", type=rank, default=0.25, help="of the sketches: a fraction, or an int")
-    add("--projection", default="gaussian", help="gaussian, rademacher, sparse or orthogonal")
+    add("--projection", default=CompactConfig.projection, choices=KINDS, help="of the sketches")
     add("--update-interval", type=int, default=200, help="steps after which projections change")
     add("--steps", type=at_least(UNTIMED_STEPS + 1), default=300, help="optimizer steps")
     add("--batch", type=at_least(1), default=8, help="sequences in a batch")

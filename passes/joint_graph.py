@@ -63,7 +63,8 @@ class JointGraph:
         values += [weights[p.index].meta["val"].new_empty(1).expand(p.shape) for p in proxies]
         for index, value in enumerate(values, first):
             with graph.inserting_after(last):
-                kind = "key" if index < first + count else "proxy"
+                kind = "table" if value.dim() else "key"
+                kind = kind if index < first + count else "proxy"
                 last = graph.placeholder(f"{kind}_{index}")
             last.meta["val"] = value
             _torch.set_input_index(last, index)

@@ -474,11 +474,12 @@ def test_predicted_peaks_are_those_of_a_gpu(projection):
     }
     for variant, backend in backends.items():
         torch._dynamo.reset()
+        gc.collect()
         with torch.device("cuda"):
             model = LlamaModel(config).to(torch.bfloat16)
         allocated = torch.cuda.memory_allocated()
         predicted = explain(model, inputs_embeds=x, **settings).memory[variant].peak
-        assert torch.cuda.memory_allocated() == allocated
+        assert torch.cuda.memory_allocated() <= allocated  # nothing is allocated for it
         model.compile(backend=backend)
         optimizer_class = CompactAdamW if variant == SKETCHED else torch.optim.AdamW
         optimizer = optimizer_class(model.parameters(), fused=True)

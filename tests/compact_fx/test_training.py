@@ -294,6 +294,11 @@ def test_fullgraph(same_gradients):
     same_gradients(compile=functools.partial(torch.compile, fullgraph=True))
 
 
+def test_max_autotune(same_gradients):
+    """Inductor tries several kernels for each matmul."""
+    same_gradients(inner="inductor", mode="max-autotune")
+
+
 def test_frozen_layers(same_gradients):
     def make():
         model = Blocks()
