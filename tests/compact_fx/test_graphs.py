@@ -97,7 +97,7 @@ def test_what_crosses_is_what_the_forward_returns(graphs):
 
 
 def test_diff_has_what_changed_and_nothing_else(graphs):
-    """The weight's gradient goes, four nodes and a key come; names and source lines are there."""
+    """The weight's gradient goes, four nodes and a table come; names and source lines are there."""
     lines = graphs.diff().splitlines()
     gone = [line for line in lines if line.startswith("-")]
     new = [line for line in lines if line.startswith("+")]
@@ -111,7 +111,7 @@ def test_diff_has_what_changed_and_nothing_else(graphs):
     assert any(line.startswith("+grad_proj_weight_from_factor: f32[48, 64] = mm") for line in new)
     assert sum("random_projection" in line.split(" = ")[-1].split("(")[0] for line in new) == 1
     assert sum(" = mm.default" in line for line in new) == 3  # x P, dyᵀ z, Ĝ Pᵀ
-    assert any(line.startswith("+key_") for line in new)
+    assert any(line.startswith("+table_") for line in new)
 
 
 def test_untouched_graph_has_no_diff():
