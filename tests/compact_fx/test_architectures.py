@@ -428,11 +428,12 @@ def test_convolutions_are_left_alone():
 
 
 def test_dynamo_does_not_compile_recurrent_kernels():
-    """A module with an nn.LSTM runs as it is: Dynamo hands no graph of it to any backend."""
+    """An nn.LSTM runs as it is: Dynamo hands no graph of it to any backend."""
     exact, compact, backend = exact_and_compact(Recurrent, text())
     assert_equal(compact, exact)
-    assert backend.plans == []
-    assert "nothing was compiled" in str(backend.report())
+    # torch 2.15 compiles what is around it, older ones nothing of the module.
+    assert not any("lstm" in site.weight for plan in backend.plans for site in plan.sites)
+    assert backend.plans or "nothing was compiled" in str(backend.report())
 
 
 def test_an_unrolled_lstm_is_exact():
