@@ -57,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--gradients", default="dense", choices=modes, help="of the report (dense)")
     default = CompactConfig.projection
     model.add_argument("--projection", default=default, choices=KINDS, help=f"({default})")
+    excluded = "name patterns of weights to leave alone, such as 'lm_head*'"
+    model.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help=excluded)
     model.add_argument("--no-recompute", action="store_true", help="recompute=False")
 
     command = commands.add_parser(
@@ -72,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "graph", parents=[model], help="write the graphs before and after, as text and as SVG"
     )
-    command.add_argument("--out", type=Path, default=Path("graphs"), metavar="FOLDER")
+    command.add_argument(
+        "--out", type=Path, default=Path("graphs"), metavar="FOLDER", help="(graphs)"
+    )
     command.set_defaults(run=_graph)
 
     command = commands.add_parser("env", help="versions and devices, for a bug report")
@@ -185,6 +189,7 @@ def _explained(args: argparse.Namespace, **settings: Any) -> Explanation:
             rank=args.rank,
             gradients=args.gradients,
             projection=args.projection,
+            exclude=args.exclude,
             recompute=not args.no_recompute,
             **settings,
             **inputs,

@@ -132,7 +132,7 @@ class CompactBackend:
                 )
 
 
-def compact_backend(**settings: Any) -> CompactBackend:
+def compact_backend(*arguments: Any, **settings: Any) -> CompactBackend:
     """A backend for `torch.compile(model, backend=...)` or `model.compile(backend=...)`.
 
     Args:
@@ -141,6 +141,10 @@ def compact_backend(**settings: Any) -> CompactBackend:
     Raises:
         TypeError, ValueError: a setting that does not exist or cannot be.
     """
+    if arguments:  # torch.compile calls what is given to it, and takes some for the backend itself
+        raise TypeError(
+            "settings have names: torch.compile(model, backend=compact_backend(rank=0.25))"
+        )
     return CompactBackend(config_from(settings))
 
 

@@ -348,12 +348,20 @@ def compact_optimizer(
         state_dtype: of the moments of sketched weights; the gradient's by default.
         step_in_backward: update each weight as soon as its gradient is there and free the gradient;
             accumulation, clipping and scaling raise then.
-        decoupled_weight_decay: for classes outside of torch that have weight decay.
+        decoupled_weight_decay: for other classes than AdamW, Adafactor, Adam, SGD and RMSprop that
+            have weight decay.
         kwargs: of the class.
 
     Raises:
-        ValueError: a setting that cannot be.
+        TypeError, ValueError: a class or a setting that cannot be.
     """
+    if not (
+        isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)
+    ):
+        raise TypeError(
+            f"optimizer_class={optimizer_class!r} must be a class of optimizers, such as "
+            "torch.optim.SGD"
+        )
     compact_class = type(
         f"Compact{optimizer_class.__name__}",
         (CompactOptimizer, optimizer_class),

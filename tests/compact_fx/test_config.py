@@ -5,6 +5,7 @@ import math
 import re
 
 import pytest
+import torch
 
 from compact_fx import CompactConfig, compact_backend
 from compact_fx.config import config_from, resolve_rank
@@ -148,8 +149,16 @@ def test_it_keeps_no_reference_to_what_it_was_given():
 def test_settings_are_keyword_only():
     with pytest.raises(TypeError, match="positional"):
         CompactConfig(0.25)
-    with pytest.raises(TypeError, match="positional"):
+
+
+def test_positional_settings_are_refused_with_an_example():
+    """Also those that torch.compile gives where someone forgot to call the factory."""
+    example = r"backend=compact_backend\(rank=0\.25\)"
+    with pytest.raises(TypeError, match=example):
         compact_backend(0.25)
+    forgotten = torch.compile(torch.nn.Linear(4, 4), backend=compact_backend)
+    with pytest.raises(Exception, match=example):  # Dynamo wraps it
+        forgotten(torch.zeros(2, 4))
 
 
 # ---------------------------------------------------------------------------------------------

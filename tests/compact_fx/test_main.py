@@ -46,6 +46,8 @@ def test_explain_as_json(capsys):
         "orthogonal",
         "--no-recompute",
         "--json",
+        "--exclude",
+        "lm_head*",
     ]
     command = ["explain", "--hf-config", str(TINY), *SMALL, *options, "--dtype", "float32"]
     assert main([*command, "--optimizer", "sgd"]) == 0
@@ -55,6 +57,7 @@ def test_explain_as_json(capsys):
     assert sites["model.layers.0.mlp.up_proj.weight"]["rank"] == 16
     assert sites["model.layers.0.mlp.up_proj.weight"]["placement"] == "early"
     assert not any("layers.1" in name for name in sites)
+    assert sites["lm_head.weight"]["reason"] == "in exclude"
     assert {saved["dtype"] for saved in graph["saved_after"]} >= {"float32"}
     assert data["memory"]["eager"]["optimizer"] == 0
 

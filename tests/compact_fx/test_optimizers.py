@@ -379,6 +379,12 @@ def test_distributed_checkpoint_round_trip(tmp_path):
     assert compact_fx.schedule.steps_of(other_model[0].weight) == 3
 
 
+@pytest.mark.parametrize("optimizer_class", ["adam", torch.nn.Linear, None])
+def test_what_is_no_class_of_optimizers_is_refused(optimizer_class):
+    with pytest.raises(TypeError, match=r"optimizer_class=.* must be a class of optimizers"):
+        compact_optimizer(optimizer_class, mlp().parameters())
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
