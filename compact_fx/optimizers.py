@@ -171,8 +171,9 @@ class CompactOptimizer(torch.optim.Optimizer):
         dtype = self._state_dtype or factor.dtype
         stand_in = torch.empty_like(factor, dtype=dtype)
         stand_in.grad = factor.to(dtype)
-        state = self.state.pop(weight, {})
-        self._refresh_state(state, gradient.basis, factor.device)
+        state = self.state.get(weight, {})
+        self._refresh_state(state, gradient.basis, factor.device)  # may fail for want of memory
+        self.state.pop(weight, None)
         state.pop(_BASIS, None)
         if state:
             self.state[stand_in] = state

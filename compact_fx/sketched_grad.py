@@ -64,18 +64,21 @@ class Basis:
         return tuple(shape)
 
 
-_sources: dict[tuple[torch.device, Projection, int], Tensor] = {}
+_sources: dict[tuple[torch.device, Projection], dict[int, Tensor]] = {}
+_GENERATIONS_KEPT = 2  # `refresh="project"` asks for the last one besides the present
 
 
 def _source_on(device: torch.device, projection: Projection, key: int) -> Tensor:
     """What to draw from: optimizers ask for the same few hundred at every step."""
-    tensor = _sources.get((device, projection, key))
+    own = _sources.setdefault((device, projection), {})
+    tensor = own.get(key)
     if tensor is None:
         tensor = projection.source(torch.full((), key, dtype=torch.int64, device=device))
-        if len(_sources) > 4096:
-            _sources.clear()
-        if type(tensor) is Tensor:  # and no fake one
-            _sources[device, projection, key] = tensor
+        if type(tensor) is not Tensor:  # a fake one
+            return tensor
+        if len(own) == _GENERATIONS_KEPT:
+            del own[next(iter(own))]
+        own[key] = tensor
     return tensor
 
 

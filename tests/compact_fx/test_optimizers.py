@@ -379,6 +379,30 @@ def test_distributed_checkpoint_round_trip(tmp_path):
     assert compact_fx.schedule.steps_of(other_model[0].weight) == 3
 
 
+@pytest.mark.parametrize("draw", [1, 2])
+def test_no_state_is_lost_where_memory_runs_out(monkeypatch, draw):
+    """While moments are carried to a new projection."""
+    model = mlp()
+    optimizer = CompactAdamW(model.parameters(), lr=1e-2, refresh="project")
+    train(model, backend(update_interval=2), optimizer, 2)
+    before = {w: optimizer.state[w]["exp_avg"].clone() for w in model.parameters()}
+    original, calls = Basis.matrix, []
+
+    def matrix(basis, device, dtype):
+        calls.append(basis)
+        if len(calls) == draw:
+            raise torch.OutOfMemoryError
+        return original(basis, device, dtype)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Basis, "matrix", matrix)
+        with pytest.raises(torch.OutOfMemoryError):
+            train(model, backend(update_interval=2), optimizer, 1)
+    for weight in model.parameters():
+        assert torch.equal(optimizer.state[weight]["exp_avg"], before[weight])
+    train(model, backend(update_interval=2), optimizer, 1)
+
+
 @pytest.mark.parametrize("optimizer_class", ["adam", torch.nn.Linear, None])
 def test_what_is_no_class_of_optimizers_is_refused(optimizer_class):
     with pytest.raises(TypeError, match=r"optimizer_class=.* must be a class of optimizers"):

@@ -6,7 +6,9 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from compact_fx import compact_backend
 from compact_fx.plan import Plan
 from compact_fx.projections import Projection, fold_in
 from compact_fx.schedule import KeySchedule, steps_of
@@ -193,3 +195,28 @@ def test_each_set_of_weights_has_its_own_keys():
     torch.optim.SGD([first], lr=0.1).step()
     assert values(schedule.keys([first])) != values(before[0])
     assert schedule.keys([second]) is before[1]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoints_draw_once_a_generation(monkeypatch, use_reentrant):
+    """A reentrant one is compiled in its backward pass, and runs there only."""
+    drawn = []
+    original = KeySchedule._draw
+
+    def counted(schedule, generations, device):
+        drawn.append(generations)
+        return original(schedule, generations, device)
+
+    monkeypatch.setattr(KeySchedule, "_draw", counted)
+    layer = torch.nn.Linear(64, 64)
+    backend = compact_backend(rank=0.25, inner="aot_eager", update_interval=3, strict=True)
+    compiled = torch.compile(layer, backend=backend)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    steps = []
+    for _ in range(6):
+        drawn.clear()
+        x = torch.randn(32, 64, requires_grad=True)
+        checkpoint(compiled, x, use_reentrant=use_reentrant).sum().backward()
+        optimizer.step()
+        steps.append(len(drawn))
+    assert steps[1:] == [0, 0, 1, 0, 0]

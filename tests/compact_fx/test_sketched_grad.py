@@ -570,3 +570,17 @@ def test_a_batch_is_matrix_by_matrix(last):
         assert is_sketched(change(gradient))
         close(change(gradient), change(dense))
     close(gradient - 1.5, dense - 1.5)
+
+
+def test_old_generations_are_forgotten():
+    """Their tables would fill a device's memory."""
+    projection = Projection(
+        salt=99, in_features=64, rank=16, kind="countsketch", dtype=torch.float32
+    )
+    cpu = torch.device("cpu")
+    first = Basis(projection=projection, key=1, in_dim=1).matrix(cpu, torch.float32)
+    for key in range(2, 40):
+        Basis(projection=projection, key=key, in_dim=1).matrix(cpu, torch.float32)
+    assert list(sketched_grad._sources[cpu, projection]) == [38, 39]
+    again = Basis(projection=projection, key=1, in_dim=1).matrix(cpu, torch.float32)
+    assert torch.equal(again, first)
