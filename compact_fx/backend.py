@@ -143,7 +143,7 @@ def compact_backend(*arguments: Any, **settings: Any) -> CompactBackend:
     """
     if arguments:  # torch.compile calls what is given to it, and takes some for the backend itself
         raise TypeError(
-            "settings have names: torch.compile(model, backend=compact_backend(rank=0.25))"
+            "settings are not positional: torch.compile(model, backend=compact_backend(rank=0.25))"
         )
     return CompactBackend(config_from(settings))
 

@@ -431,9 +431,11 @@ def test_dynamo_does_not_compile_recurrent_kernels():
     """An nn.LSTM runs as it is: Dynamo hands no graph of it to any backend."""
     exact, compact, backend = exact_and_compact(Recurrent, text())
     assert_equal(compact, exact)
-    # torch 2.15 compiles what is around it, older ones nothing of the module.
-    assert not any("lstm" in site.weight for plan in backend.plans for site in plan.sites)
-    assert backend.plans or "nothing was compiled" in str(backend.report())
+    if torch.__version__ < "2.15":
+        assert backend.plans == []
+        assert "nothing was compiled" in str(backend.report())
+    else:  # what is around it is compiled
+        assert not any("lstm" in site.weight for plan in backend.plans for site in plan.sites)
 
 
 def test_an_unrolled_lstm_is_exact():

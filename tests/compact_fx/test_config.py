@@ -149,6 +149,8 @@ def test_it_keeps_no_reference_to_what_it_was_given():
 def test_settings_are_keyword_only():
     with pytest.raises(TypeError, match="positional"):
         CompactConfig(0.25)
+    with pytest.raises(TypeError, match="positional"):
+        compact_backend(0.25)
 
 
 def test_positional_settings_are_refused_with_an_example():

@@ -375,17 +375,21 @@ def _(x):
 scaled.register_autograd(lambda ctx, gradient: gradient * 2)
 
 
+class Between(nn.Module):
+    """Two linear layers with an operator that a person wrote between them."""
+
+    def __init__(self, operator):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(64, 96), nn.Linear(96, 48)
+        self.operator = operator
+
+    def forward(self, x):
+        return self.second(self.operator(torch.tanh(self.first(x))))
+
+
 def test_custom_operators(same_gradients):
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.first, self.second = nn.Linear(64, 96), nn.Linear(96, 48)
-
-        def forward(self, x):
-            return self.second(scaled(torch.tanh(self.first(x))))
-
-    same_gradients(Model)
+    same_gradients(lambda: Between(scaled))
 
 
 if triton is not None:
@@ -413,19 +417,10 @@ class Doubled(torch.autograd.Function):
 
 @pytest.mark.skipif(not torch.cuda.is_available() or triton is None, reason="needs a CUDA GPU")
 def test_triton_kernels(same_gradients):
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.first, self.second = nn.Linear(64, 96), nn.Linear(96, 48)
-
-        def forward(self, x):
-            return self.second(Doubled.apply(torch.tanh(self.first(x))))
-
     def train(step, model):
         step(batch().cuda()).pow(2).mean().backward()
 
-    compact, _ = same_gradients(lambda: Model().cuda(), train, inner="inductor")
+    compact, _ = same_gradients(lambda: Between(Doubled.apply).cuda(), train, inner="inductor")
     assert len(compact.plans[0].sketched) == 2
 
 
