@@ -263,3 +263,21 @@ class Projection:
     def source(self, key: Tensor) -> Tensor:
         """See `source`."""
         return source(key, self.in_features, self.rank, self.kind)
+
+    def source_of(self, key: int, device: torch.device) -> Tensor:
+        """The same on a device: drawn once for the graphs and the optimizer that ask for it."""
+        own = _sources.setdefault((device, self), {})
+        given = own.get(key)
+        if given is None:
+            with torch.inference_mode(False):  # a graph keeps it for its backward pass
+                given = self.source(torch.full((), key, dtype=torch.int64, device=device))
+            if type(given) is not Tensor:  # a fake one
+                return given
+            if len(own) == _GENERATIONS_KEPT:
+                del own[next(iter(own))]
+            own[key] = given
+        return given
+
+
+_sources: dict[tuple[torch.device, Projection], dict[int, Tensor]] = {}
+_GENERATIONS_KEPT = 2  # `refresh="project"` asks for the last one besides the present

@@ -97,18 +97,15 @@ class KeySchedule:
         self._update_interval = update_interval
         # By ids of weights: the weights, when they were last looked at, their generations, keys.
         self._last: dict[tuple[int, ...], _Entry] = {}
-        self._reentrant: dict[tuple[int, ...], _Entry] = {}  # of what only backward passes run
 
     def keys(self, weights: Sequence[Tensor]) -> Drawn:
         """The keys for this step, given for each projection a weight that uses it."""
         ids = tuple(map(id, weights))
-        recomputes = _torch.in_backward()
-        # What a checkpoint recomputes in a backward pass needs the keys of its forward; a reentrant
-        # one has run no other forward through here, and draws as if it were one.
-        of_forward = not recomputes or self._found(self._last, ids, weights) is not None
-        entries = self._last if of_forward else self._reentrant
-        entry = self._found(entries, ids, weights)
-        if entry is not None and (entry.changes == _changes or (recomputes and of_forward)):
+        entry = self._last.get(ids)
+        if entry is not None and not entry.is_of(weights):
+            entry = None
+        # In a backward pass a checkpoint recomputes: it needs the keys of its forward.
+        if entry is not None and (entry.changes == _changes or _torch.in_backward()):
             return entry.drawn
         changes = _changes
         generations = tuple(steps_of(weight) // self._update_interval for weight in weights)
@@ -117,29 +114,19 @@ class KeySchedule:
         else:
             drawn = self._draw(generations, weights[0].device)
         if entry is None:  # a new set of weights: forget those that are gone
-            for key in [key for key, old in entries.items() if not old.is_alive()]:
-                del entries[key]
+            self._last = {k: e for k, e in self._last.items() if e.is_alive()}
         references = [weakref.ref(weight) for weight in weights]
-        entries[ids] = _Entry(references, changes, generations, drawn)
+        if not _torch.in_backward():  # a reentrant checkpoint has no other forward
+            self._last[ids] = _Entry(references, changes, generations, drawn)
         return drawn
-
-    @staticmethod
-    def _found(
-        entries: dict[tuple[int, ...], "_Entry"], ids: tuple[int, ...], weights: Sequence[Tensor]
-    ) -> "_Entry | None":
-        entry = entries.get(ids)
-        return entry if entry is not None and entry.is_of(weights) else None
 
     def _draw(self, generations: Sequence[int], device: torch.device) -> Drawn:
         values = tuple(
             fold_in(self._seed, projection.salt, generation)
             for projection, generation in zip(self._projections, generations, strict=True)
         )
-        # One copy to the device; clones, since a view of a vector is not 16-byte aligned.
-        stacked = torch.tensor(values, dtype=torch.int64).to(device)
-        keys = [key.clone() for key in stacked.unbind()]
-        sources = (p.source(key) for p, key in zip(self._projections, keys, strict=True))
-        return Drawn(tuple(sources), values)
+        pairs = zip(self._projections, values, strict=True)
+        return Drawn(tuple(p.source_of(key, device) for p, key in pairs), values)
 
 
 @dataclass(frozen=True)

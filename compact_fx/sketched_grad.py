@@ -33,7 +33,7 @@ class Basis:
     def matrix(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """P (in_features, rank), rounded as the compiled graph rounds it, then in this dtype."""
         p = self.projection
-        given = _source_on(device, p, self.key)
+        given = p.source_of(self.key, device)
         if device.type != "cuda":
             drawn = RANDOM_PROJECTION(given, p.in_features, p.rank, p.kind, p.dtype)
         else:
@@ -62,24 +62,6 @@ class Basis:
         shape = [*factor.shape]
         shape[self.in_dim] = self.projection.in_features
         return tuple(shape)
-
-
-_sources: dict[tuple[torch.device, Projection], dict[int, Tensor]] = {}
-_GENERATIONS_KEPT = 2  # `refresh="project"` asks for the last one besides the present
-
-
-def _source_on(device: torch.device, projection: Projection, key: int) -> Tensor:
-    """What to draw from: optimizers ask for the same few hundred at every step."""
-    own = _sources.setdefault((device, projection), {})
-    tensor = own.get(key)
-    if tensor is None:
-        tensor = projection.source(torch.full((), key, dtype=torch.int64, device=device))
-        if type(tensor) is not Tensor:  # a fake one
-            return tensor
-        if len(own) == _GENERATIONS_KEPT:
-            del own[next(iter(own))]
-        own[key] = tensor
-    return tensor
 
 
 @functools.cache

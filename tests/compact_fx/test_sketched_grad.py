@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from compact_fx import sketched_grad
+from compact_fx import projections, sketched_grad
 from compact_fx.projections import KINDS, Projection
 from compact_fx.sketched_grad import Basis, ConsumedGrad, SketchedGrad
 
@@ -581,6 +581,16 @@ def test_old_generations_are_forgotten():
     first = Basis(projection=projection, key=1, in_dim=1).matrix(cpu, torch.float32)
     for key in range(2, 40):
         Basis(projection=projection, key=key, in_dim=1).matrix(cpu, torch.float32)
-    assert list(sketched_grad._sources[cpu, projection]) == [38, 39]
+    assert list(projections._sources[cpu, projection]) == [38, 39]
     again = Basis(projection=projection, key=1, in_dim=1).matrix(cpu, torch.float32)
     assert torch.equal(again, first)
+
+
+def test_what_inference_mode_draws_serves_training_too():
+    """A norm that is asked for there must not leave tensors that no backward pass may keep."""
+    projection = Projection(
+        salt=98, in_features=64, rank=16, kind="countsketch", dtype=torch.float32
+    )
+    with torch.inference_mode():
+        Basis(projection=projection, key=5, in_dim=1).matrix(torch.device("cpu"), torch.float32)
+    assert not projection.source_of(5, torch.device("cpu")).is_inference()
