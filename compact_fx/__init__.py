@@ -4,16 +4,19 @@ from compact_fx import _version as _version  # isort: skip
 from compact_fx.backend import CompactBackend, compact_backend
 from compact_fx.config import CompactConfig
 from compact_fx.errors import CannotCompact
-from compact_fx.explanation import Breakdown, Explanation, explain
-from compact_fx.graphs import CompactedGraphs
-from compact_fx.optimizers import CompactAdamW, compact_optimizer
-from compact_fx.plan import Plan, Saved, Site
+from compact_fx.plan import Account, Plan, Saved, Site
 from compact_fx.projections import Projection, random_projection
-from compact_fx.report import CompactionReport
-from compact_fx.schedule import set_steps
-from compact_fx.sketched_grad import SketchedGrad
+from compact_fx.reading import plots
+from compact_fx.reading.explanation import Explanation, explain
+from compact_fx.reading.graphs import CompactedGraphs
+from compact_fx.reading.memory import Breakdown
+from compact_fx.reading.report import CompactionReport
+from compact_fx.training.gradients import SketchedGrad
+from compact_fx.training.optimizers import CompactAdamW, compact_optimizer
+from compact_fx.training.weights import count_step, set_steps
 
 __all__ = [
+    "Account",
     "Breakdown",
     "CannotCompact",
     "CompactAdamW",
@@ -29,7 +32,9 @@ __all__ = [
     "SketchedGrad",
     "compact_backend",
     "compact_optimizer",
+    "count_step",
     "explain",
+    "plots",
     "random_projection",
     "set_steps",
 ]

@@ -18,9 +18,9 @@ from tabulate import tabulate
 
 from compact_fx.config import CompactConfig
 from compact_fx.errors import CannotCompact
-from compact_fx.explanation import STATES, Explanation, explain
-from compact_fx.graphs import dot_of
 from compact_fx.projections import KINDS
+from compact_fx.reading.explanation import STATES, Explanation, explain
+from compact_fx.reading.graphs import dot_of
 
 
 class _BadInput(Exception):

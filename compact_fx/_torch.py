@@ -213,6 +213,30 @@ def graph_breaks(since: Mapping[str, int] | None = None) -> dict[str, int]:
     return dict(Counter(counters["graph_break"]) - Counter(since))
 
 
+def recompile_limit_hits() -> int:
+    """How often Dynamo gave up a function in this process for its limit of recompilations."""
+    return sum(n for reason, n in counters["unimplemented"].items() if "recompile limit" in reason)
+
+
+def sharded_parameter_of(weight: torch.Tensor) -> torch.Tensor | None:
+    """For what `fully_shard` gathers for a forward: the sharded parameter that optimizers hold."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    from torch.distributed._composable_state import _module_state_mapping
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+
+    for reference in list(_module_state_mapping.values()):
+        state = reference() if callable(reference) else reference
+        if not isinstance(state, FSDPState):
+            continue
+        groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.11 has one at the most
+        groups = [state._fsdp_param_group] if groups is None else groups
+        for parameter in (p for group in groups if group is not None for p in group.fsdp_params):
+            if getattr(parameter, "_unsharded_param", None) is weight:
+                return parameter.sharded_param  # type: ignore[no-any-return]
+    return None
+
+
 def is_traced() -> bool:
     """Whether structured artifacts are written, for tlparse."""
     return bool(os.environ.get("TORCH_TRACE"))
@@ -427,16 +451,16 @@ def compile_graph(
 
 
 def compile_function(
-    function: Callable[[torch.Tensor], torch.Tensor], example: torch.Tensor
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function of one tensor through Inductor, without Dynamo and its limit of recompilations."""
+    function: Callable[..., torch.Tensor], *examples: torch.Tensor
+) -> Callable[..., torch.Tensor]:
+    """A function of tensors through Inductor, without Dynamo and its limit of recompilations."""
     with torch.no_grad():
         graph = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="fake")
-        compiled = compile_fx(graph(example), [example])
+        compiled = compile_fx(graph(*examples), list(examples))
 
-    def run(value: torch.Tensor) -> torch.Tensor:
+    def run(*values: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return compiled(value)  # type: ignore[operator,arg-type,return-value]
+            return compiled(*values)  # type: ignore[operator,arg-type,return-value]
 
     return run
 

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from compact_fx.backend import CompactBackend
-from compact_fx.schedule import set_steps
+from compact_fx.training.weights import set_steps
 
 
 class CompactCallback(TrainerCallback):  # type: ignore[misc]

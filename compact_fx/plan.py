@@ -1,16 +1,78 @@
-"""What was decided for one compiled graph: data, the same on a cold and on a warm cache."""
+"""What was decided for one graph, and what it costs: the same on a cold and a warm cache."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal, TypeVar, get_args
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
-from compact_fx.config import Place
 from compact_fx.projections import Projection
 
 Placement = Literal["early", "late"]
 SavedKind = Literal["sketch", "matmul input", "attention", "norm or activation", "index or mask"]
 SAVED_KINDS: tuple[SavedKind, ...] = get_args(SavedKind)
-T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One use of one weight in one graph, sketched or left alone.
+
+    Attributes:
+        weight: qualified parameter name.
+        index: which graph input the weight is; `use`: which of its uses, 0 for the first.
+        in_features, out_features: 0 where its gradient is not a matrix product.
+        rank: columns of the sketch, 0 where it is left alone.
+        placement: which pass computes the sketch: the forward ("early", the sketch is saved) or
+            the backward ("late"); None where it is left alone.
+        reason: why it was left alone, or why its gradient is dense although sketched gradients
+            were asked for; "" for neither.
+        sketch: which sketch of the graph; sites on one activation with one rank share it.
+        projection: index into `Plan.projections`.
+    """
+
+    weight: str
+    index: int
+    use: int = 0
+    in_features: int = 0
+    out_features: int = 0
+    rank: int = 0
+    placement: Placement | None = None
+    reason: str = ""
+    sketch: int | None = None
+    projection: int | None = None
+
+    def left_alone(self, reason: str) -> "Site":
+        """The same without a sketch, and why."""
+        return replace(self, rank=0, placement=None, reason=reason, sketch=None, projection=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectionInput:
+    """A graph input that P is made of: a key, or the table of a countsketch.
+
+    Attributes:
+        projection: index into `Plan.projections`.
+        owners: graph inputs of the weights that are sketched with it.
+    """
+
+    projection: int
+    owners: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorInput:
+    """A graph input that stands for the sketched gradient of one weight, and receives it.
+
+    Attributes:
+        index: the weight's graph input.
+        projection: index into `Plan.projections`.
+        shape: the weight's, with in_features replaced by the rank.
+        dim: which dimension that is.
+    """
+
+    index: int
+    projection: int
+    shape: tuple[int, ...]
+    dim: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +86,7 @@ class Saved:
         bytes: of its storage; symbolic sizes count with their hint.
         kind: what the backward pass needs it for.
         readers: the backward's operators that read it, and
-        source: the line of the model that made it; neither decides anything, so that an edited
-            comment in a model does not miss a cache.
+        source: the line of the model that made it.
     """
 
     name: str
@@ -34,39 +95,25 @@ class Saved:
     dtype: str
     bytes: int
     kind: SavedKind
-    readers: tuple[str, ...] = field(repr=False, compare=False)
-    source: str = field(repr=False, compare=False)
+    readers: tuple[str, ...] = field(repr=False)
+    source: str = field(repr=False)
+
+
+def bytes_of_kind(saved: Iterable[Saved], kind: str) -> int:
+    """Bytes that cross for one kind of tensor."""
+    return sum(tensor.bytes for tensor in saved if tensor.kind == kind)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Site:
-    """One use of one weight in one graph, sketched or left alone.
+class SiteCost:
+    """What one site costs, without this project and with it.
 
     Attributes:
-        weight: qualified parameter name.
-        index: which graph input the weight is; `use`: which of its uses, 0 for the first.
-        in_features, out_features: 0 where its gradient is not a matrix product.
-        rank: columns of the sketch, 0 where it is left alone.
-        placement: "early" (sketch saved by the forward), "late" (made in the backward) or None.
-        reason: why it was left alone, or why its gradient is dense although sketched gradients
-            were asked for; "" for neither.
-        sketch: which sketch of the graph; sites on one activation with one rank share it.
-        projection: index into `Plan.projections`.
         bytes_before, bytes_after: what crosses for this use; weights on one activation count it
             once, at the first.
         flops_before, flops_after: of the weight gradient; a shared sketch is split evenly.
     """
 
-    weight: str
-    index: int
-    use: int = 0
-    in_features: int = 0
-    out_features: int = 0
-    rank: int = 0
-    placement: Placement | None = None
-    reason: str = ""
-    sketch: int | None = None
-    projection: int | None = None
     bytes_before: int = 0
     bytes_after: int = 0
     flops_before: int = 0
@@ -74,51 +121,17 @@ class Site:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Proxy:
-    """A graph input that stands for the sketched gradient of one weight.
+class Account:
+    """What a plan costs; decides nothing.
 
     Attributes:
-        index: the weight's graph input.
-        projection: index into `Plan.projections`.
-        shape: the weight's, with in_features replaced by the rank.
-        in_dim: which dimension that is.
-    """
-
-    index: int
-    projection: int
-    shape: tuple[int, ...]
-    in_dim: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Every candidate weight of one graph and what crosses its boundary, before and after.
-
-    Attributes:
-        sites: one per use of each matrix-shaped parameter.
-        place: "early" if the forward was made to compute all sketches, see `CompactConfig.place`.
-        recompute: whether matmul inputs may be rebuilt in the backward pass.
-        late: sketches that the backward is made to compute; the partitioner places the others.
-        projections: the distinct ones, in the order of the graph's key inputs.
-        proxies: one for each weight whose gradient stays sketched.
-        owners: for each projection the graph input of a weight that uses it.
         saved_before: what torch.compile's own partition keeps; `saved_after`: what ours keeps.
+        sites: for each of the plan's.
     """
 
-    sites: tuple[Site, ...]
-    place: Place = "auto"
-    recompute: bool = False
-    late: frozenset[int] = frozenset()
-    projections: tuple[Projection, ...] = ()
-    owners: tuple[int, ...] = ()
-    proxies: tuple[Proxy, ...] = ()
     saved_before: tuple[Saved, ...] = ()
     saved_after: tuple[Saved, ...] = ()
-
-    @property
-    def sketched(self) -> tuple[Site, ...]:
-        """The sites that are sketched."""
-        return tuple(site for site in self.sites if site.placement is not None)
+    sites: tuple[SiteCost, ...] = ()
 
     @property
     def bytes_before(self) -> int:
@@ -130,6 +143,50 @@ class Plan:
         """Bytes that the compacted graph keeps for the backward pass."""
         return sum(saved.bytes for saved in self.saved_after)
 
-    def early(self, sketches: Mapping[int, T]) -> tuple[T, ...]:
-        """Those of the sketches' nodes that the forward has to save, as a person asked."""
-        return tuple(sketches.values()) if self.place == "early" else ()
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Every candidate weight of one graph, and what is done about it.
+
+    Attributes:
+        sites: one per use of each matrix-shaped parameter.
+        projections: the distinct ones.
+        inputs: what the graph gets beyond its own inputs, in that order, by their role.
+        recompute: whether matmul inputs may be rebuilt in the backward pass.
+        account: what it costs; not compared, and not in the keys of caches.
+    """
+
+    sites: tuple[Site, ...]
+    projections: tuple[Projection, ...] = ()
+    inputs: tuple[ProjectionInput | FactorInput, ...] = ()
+    recompute: bool = False
+    account: Account = field(default_factory=Account, compare=False, repr=False)
+
+    @property
+    def sketched(self) -> tuple[Site, ...]:
+        """The sites that are sketched."""
+        return tuple(site for site in self.sites if site.sketch is not None)
+
+    @property
+    def projection_inputs(self) -> tuple[ProjectionInput, ...]:
+        """Those of `inputs` that projections are made of, in the order of `projections`."""
+        return tuple(i for i in self.inputs if isinstance(i, ProjectionInput))
+
+    @property
+    def factor_inputs(self) -> tuple[FactorInput, ...]:
+        """Those of `inputs` that receive factors: one for each weight whose gradient stays one."""
+        return tuple(i for i in self.inputs if isinstance(i, FactorInput))
+
+    def cost_of(self, site: Site) -> SiteCost:
+        """What this site of the plan costs."""
+        return self.account.sites[self.sites.index(site)]
+
+    def digest(self) -> str:
+        """Stands for everything that the plan does to a graph: no names, no reasons, no salts."""
+        sites = [
+            (site.index, site.use, site.rank, site.placement, site.sketch, site.projection)
+            for site in self.sketched
+        ]
+        projections = [(p.in_features, p.rank, p.kind, str(p.dtype)) for p in self.projections]
+        decisions = repr((sites, projections, self.inputs, self.recompute))
+        return hashlib.sha256(decisions.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The graph passes, `compact_fx.passes`: find → choose → rewrite → partition → expand."""
+"""The graph passes, `compact_fx.passes`: list → choose → apply (rewrite → partition → expand)."""
 
 if __name__ == "passes":
     raise ImportError(

@@ -8,14 +8,10 @@ import torch
 from torch import fx
 
 from compact_fx import _torch
-from compact_fx.passes.joint_graph import finish, insert, is_transposition
-from compact_fx.projections import (
-    RANDOM_PROJECTION,
-    countsketch_columns,
-    countsketch_rows,
-    draw,
-    is_gathered,
-)
+from compact_fx.errors import failures_of
+from compact_fx.passes.nodes import WEIGHT, finish, insert, is_transposition
+from compact_fx.projections import RANDOM_PROJECTION, draw
+from compact_fx.projections.countsketch import countsketch_columns, countsketch_rows, is_gathered
 
 aten = torch.ops.aten
 
@@ -53,11 +49,13 @@ def expand_projections(module: fx.GraphModule) -> int:
     for node in nodes:
         _, n, rank, kind, _ = node.args
         if is_gathered(kind, n, rank):  # type: ignore[arg-type]
-            _gather(graph, node, inline)
+            with failures_of("expand_projections", node.meta.get(WEIGHT)):
+                _gather(graph, node, inline)
     graph.eliminate_dead_code()
     for node in graph.find_nodes(op="call_function", target=RANDOM_PROJECTION):
-        (drawn,) = inline(draw, node, *node.args[1:])
-        node.replace_all_uses_with(drawn)
+        with failures_of("expand_projections", node.meta.get(WEIGHT)):
+            (drawn,) = inline(draw, node, *node.args[1:])
+            node.replace_all_uses_with(drawn)
     finish(module)
     return len(nodes)
 

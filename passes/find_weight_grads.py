@@ -8,37 +8,21 @@ from typing import Literal
 import torch
 from torch import fx
 
-from compact_fx.passes.joint_graph import PERMUTING, JointGraph, is_transposition, permutation
-from compact_fx.passes.split_grouped_backward import GROUPED_PRODUCT
+from compact_fx.errors import SiteFailed, failures_of
+from compact_fx.passes.joint_graph import JointGraph
+from compact_fx.passes.nodes import (
+    COPYING,
+    MATMULS,
+    PERMUTING,
+    RESHAPING,
+    is_transposition,
+    permutation,
+)
 
 aten = torch.ops.aten
 
-# Products over tokens. All but the first give a batch of matrices, one for each expert.
-MATMULS = {
-    aten.mm.default,
-    aten.bmm.default,
-    aten._grouped_mm.default,  # (left, right, where each expert's tokens end)
-    GROUPED_PRODUCT,
-}
 # What may stand between a matmul and the gradient: relabels, rounds or adds, elementwise linear.
-_RESHAPING = {
-    aten.view.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.unsqueeze.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-}
-_TRANSPARENT = (
-    PERMUTING
-    | _RESHAPING
-    | {
-        aten.clone.default,
-        aten._to_copy.default,
-        torch.ops.prims.convert_element_type.default,
-        aten.add.Tensor,
-    }
-)
+_TRANSPARENT = PERMUTING | RESHAPING | COPYING | {aten.add.Tensor}
 
 
 @dataclass(frozen=True)
@@ -151,7 +135,11 @@ def find_weight_grads(joint: JointGraph) -> tuple[WeightGrad, ...]:
             reason = "frozen, or no gradient reaches it"
             found.append(WeightGrad(index, joint.weights[index], reason=reason))
         else:
-            uses, reason = finder.uses(gradient)
+            try:
+                with failures_of("find_weight_grads", joint.weights[index]):
+                    uses, reason = finder.uses(gradient)
+            except SiteFailed as error:
+                uses, reason = (), str(error)
             found.append(WeightGrad(index, joint.weights[index], uses, reason))
     return tuple(found)
 
@@ -223,7 +211,7 @@ class _Finder:
 
 def _dims_above(node: fx.Node, dims: tuple[int, ...] | None) -> tuple[int, ...] | None:
     """Which of the weight's dimensions those of a node's input are, None if that is not known."""
-    if dims is None or node.target in _RESHAPING:
+    if dims is None or node.target in RESHAPING:
         return None
     order = permutation(node)
     return dims if order is None else tuple(dims[order.index(i)] for i in range(len(order)))

@@ -1,17 +1,16 @@
 """The graph that the passes work on: AOTAutograd's forward and backward in one."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
 
 from compact_fx import _torch
 from compact_fx.errors import CannotCompact
-from compact_fx.plan import Proxy
-from compact_fx.projections import Projection
+from compact_fx.passes.split_grouped_backward import split_grouped_backward
+from compact_fx.plan import FactorInput, Plan, ProjectionInput
 
 aten = torch.ops.aten
 
@@ -26,8 +25,8 @@ class JointGraph:
         static_inputs: positions of placeholders that outlive the step, as far as torch says so.
         weights: input index → qualified name, of the parameters.
         buffers: input indices of the buffers.
-        key_inputs: input indices of the projections' keys or tables, in the plan's order.
-        proxy_inputs: input indices of the plan's proxies; empty while the plan is being made.
+        salts: input index → salt, of those parameters that have a projection from other graphs.
+        added: input index → role, of the inputs that this project adds; in the plan's order.
         like_eager: cut it as eager autograd would, which recomputes nothing; to compare with.
     """
 
@@ -36,8 +35,8 @@ class JointGraph:
     static_inputs: tuple[int, ...]
     weights: Mapping[int, str]
     buffers: frozenset[int] = frozenset()
-    key_inputs: tuple[int, ...] = ()
-    proxy_inputs: tuple[int, ...] = ()
+    salts: Mapping[int, int] = field(default_factory=dict)
+    added: Mapping[int, ProjectionInput | FactorInput] = field(default_factory=dict)
     like_eager: bool = False
 
     def copy(self) -> "JointGraph":
@@ -45,36 +44,28 @@ class JointGraph:
         graph = copy.deepcopy(self.module.graph)
         return replace(self, module=fx.GraphModule(self.module, graph))
 
-    def with_keys(
-        self, projections: Sequence[Projection], proxies: Sequence[Proxy] = ()
-    ) -> "JointGraph":
-        """A copy with inputs for projections and for proxies, as the compiled graph has."""
+    def with_inputs(self, plan: Plan) -> "JointGraph":
+        """A copy with the plan's inputs, as the compiled graph has them."""
         duplicate = self.copy()
-        graph, inputs = duplicate.module.graph, duplicate.inputs()
-        weights = duplicate.weight_inputs()
-        first = max(inputs) + 1
-        last = inputs[max(inputs)]
-        count = len(projections)
-        if not count:
+        if not plan.inputs:
             return duplicate
-        like = next(iter(weights.values())).meta["val"]
-        with _torch.fake_mode_of(like):
-            values = [p.source(like.new_empty((), dtype=torch.int64)) for p in projections]
-        values += [weights[p.index].meta["val"].new_empty(1).expand(p.shape) for p in proxies]
-        for index, value in enumerate(values, first):
-            with graph.inserting_after(last):
-                kind = "table" if value.dim() else "key"
-                kind = kind if index < first + count else "proxy"
-                last = graph.placeholder(f"{kind}_{index}")
-            last.meta["val"] = value
+        graph, inputs = duplicate.module.graph, duplicate.inputs()
+        first, last = max(inputs) + 1, inputs[max(inputs)]
+        added = dict(enumerate(plan.inputs, first))
+        for index, role in added.items():
+            like = inputs[role.index if isinstance(role, FactorInput) else role.owners[0]]
+            with graph.inserting_after(last), _torch.fake_mode_of(like.meta["val"]):
+                if isinstance(role, FactorInput):
+                    last = graph.placeholder(f"factor_{index}")
+                    last.meta["val"] = like.meta["val"].new_empty(1).expand(role.shape)
+                else:
+                    value = plan.projections[role.projection].empty_source(like.meta["val"])
+                    last = graph.placeholder(f"{'table' if value.dim() else 'key'}_{index}")
+                    last.meta["val"] = value
             _torch.set_input_index(last, index)
-        end = first + len(values)
-        _torch.add_gradient_outputs(graph, range(first + count, end))
-        return replace(
-            duplicate,
-            key_inputs=tuple(range(first, first + count)),
-            proxy_inputs=tuple(range(first + count, end)),
-        )
+        factors = [index for index, role in added.items() if isinstance(role, FactorInput)]
+        _torch.add_gradient_outputs(graph, factors)
+        return replace(duplicate, added=added)
 
     def inputs(self) -> dict[int, fx.Node]:
         """Placeholders by the input of Dynamo's graph that they are."""
@@ -125,9 +116,9 @@ class JointGraph:
         return found
 
     def static_placeholders(self) -> set[fx.Node]:
-        """Placeholders that outlive the step: parameters, buffers and keys."""
+        """Placeholders that outlive the step: parameters, buffers and what this project adds."""
         placeholders = self.module.graph.find_nodes(op="placeholder")
-        lasting = {*self.weights, *self.buffers, *self.key_inputs, *self.proxy_inputs}
+        lasting = {*self.weights, *self.buffers, *self.added}
         return {
             node
             for position, node in enumerate(placeholders)
@@ -136,12 +127,11 @@ class JointGraph:
 
     def lasting_inputs(self) -> list[int]:
         """Positions of placeholders that are no activations: also those that this project adds."""
-        added = {*self.key_inputs, *self.proxy_inputs}
         placeholders = self.module.graph.find_nodes(op="placeholder")
         return [
             position
             for position, node in enumerate(placeholders)
-            if position in self.static_inputs or _torch.input_index(node) in added
+            if position in self.static_inputs or _torch.input_index(node) in self.added
         ]
 
     def weight_inputs(self) -> dict[int, fx.Node]:
@@ -149,79 +139,20 @@ class JointGraph:
         return {index: node for index, node in self.inputs().items() if index in self.weights}
 
 
-_KEPT_META = ("stack_trace", "nn_module_stack", "seq_nr", "partitioner_tag", "custom")
+def capture(
+    module: fx.GraphModule,
+    num_fwd_outputs: int,
+    static_inputs: Sequence[int],
+    weights: Mapping[int, str],
+    buffers: frozenset[int] = frozenset(),
+    salts: Mapping[int, int] | None = None,
+) -> JointGraph:
+    """What AOTAutograd gives to a partitioner, in the form that all passes expect; taken over.
 
-
-def insert(
-    graph: fx.Graph, target: Callable[..., Any], args: Sequence[Any], *, like: fx.Node, name: str
-) -> fx.Node:
-    """A new node at the insertion point, with its fake value and the provenance of `like`."""
-    values = fx.map_arg(tuple(args), lambda node: node.meta["val"])
-    with _torch.fake_mode_of(like.meta["val"]):
-        value = target(*values)
-    node = graph.create_node("call_function", target, tuple(args), name=name)
-    node.meta = {key: like.meta[key] for key in _KEPT_META if key in like.meta}
-    node.meta["val"] = value
-    return node
-
-
-def transposed(graph: fx.Graph, node: fx.Node, *, like: fx.Node, name: str = "rows") -> fx.Node:
-    """A new node that swaps the last two dimensions, of a matrix or of a batch of them."""
-    *batch, rows, columns = range(node.meta["val"].dim())
-    order = [*batch, columns, rows]
-    return insert(graph, aten.permute.default, (node, order), like=like, name=name)
-
-
-PERMUTING = {aten.permute.default, aten.transpose.int, aten.t.default}
-
-
-def permutation(node: fx.Node) -> list[int] | None:
-    """For a node that only permutes dimensions: for each of its own, which of its input's."""
-    if node.target not in PERMUTING:
-        return None
-    order = list(range(node.meta["val"].dim()))
-    if node.target is aten.permute.default:
-        return [order[i] for i in node.args[1]]  # type: ignore[union-attr,index]
-    if node.target is aten.transpose.int:
-        i, j = node.args[1:3]
-        order[i], order[j] = order[j], order[i]  # type: ignore[index]
-        return order
-    return order[::-1]
-
-
-def is_transposition(node: fx.Node) -> bool:
-    """Whether the node swaps the last two dimensions, of a matrix or of a batch of them."""
-    order = permutation(node)
-    if order is None or len(order) < 2:
-        return False
-    *batch, rows, columns = range(len(order))
-    return order == [*batch, columns, rows]
-
-
-_RELABELLING = {
-    "permute",
-    "transpose",
-    "t",
-    "view",
-    "reshape",
-    "_unsafe_view",
-    "squeeze",
-    "unsqueeze",
-    "expand",
-    "alias",
-    "clone",
-    "_to_copy",
-    "convert_element_type",
-}
-
-
-def is_relabelling(node: fx.Node) -> bool:
-    """Whether a node has the values of its input: a view, a copy or a cast."""
-    return node.op == "call_function" and _torch.operator_base(node) in _RELABELLING
-
-
-def finish(module: fx.GraphModule) -> None:
-    """Drop what a pass made dead, check the graph and make its code current."""
+    Gradients that one operator returns together are taken apart, nothing is dead, and equal nodes
+    are one.
+    """
+    split_grouped_backward(module)
     module.graph.eliminate_dead_code()
-    module.graph.lint()
-    module.recompile()
+    _torch.eliminate_common_subexpressions(module)
+    return JointGraph(module, num_fwd_outputs, tuple(static_inputs), weights, buffers, salts or {})

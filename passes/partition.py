@@ -3,17 +3,21 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from compact_fx import _torch
 from compact_fx.errors import CannotCompact
-from compact_fx.passes.joint_graph import JointGraph, is_relabelling
+from compact_fx.passes.joint_graph import JointGraph
+from compact_fx.passes.nodes import (
+    PRODUCT_NAMES,
+    SKETCH,
+    bytes_of,
+    is_relabelling,
+    is_tensor,
+    storage_of,
+)
 from compact_fx.plan import Saved, SavedKind
 from compact_fx.projections import RANDOM_PROJECTION
-
-_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "_grouped_mm", "grouped_product"}
-_PRODUCTS |= {"convolution_backward"}  # which reads a convolution's input alike
 
 
 @dataclass(frozen=True)
@@ -97,28 +101,6 @@ def _keep_what_backward_reads(joint: JointGraph) -> None:
             _torch.mark_saved(node)
 
 
-def is_tensor(node: fx.Node) -> bool:
-    """Whether the node's value is a tensor, and not a symbolic size."""
-    return isinstance(node.meta.get("val"), torch.Tensor)
-
-
-def storage_of(node: fx.Node) -> int:
-    """An identity of the storage behind a node's value."""
-    try:
-        return _torch.storage_id(node.meta["val"])
-    except NotImplementedError:  # a sparse or opaque tensor has none
-        return id(node)
-
-
-def bytes_of(node: fx.Node) -> int:
-    """Bytes of the storage behind a node's value; symbolic sizes count with their hint."""
-    value = node.meta["val"]
-    try:
-        return _torch.size_hint(value.untyped_storage().nbytes())
-    except NotImplementedError:
-        return _torch.size_hint(value.numel()) * int(value.element_size())
-
-
 def _describe(node: fx.Node, received: fx.Node) -> Saved:
     """What crosses: a node of the forward, and the placeholder it is in the backward."""
     value = node.meta["val"]
@@ -144,18 +126,12 @@ def _readers(node: fx.Node) -> list[fx.Node]:
 
 
 def _kind(node: fx.Node, readers: Sequence[str]) -> SavedKind:
-    if _is_sketch(node):
+    if SKETCH in node.meta:
         return "sketch"
     if not node.meta["val"].dtype.is_floating_point:
         return "index or mask"
     if any("attention" in reader for reader in readers):
         return "attention"
-    if any(reader.split(".")[0] in _PRODUCTS for reader in readers):
+    if any(reader.split(".")[0] in PRODUCT_NAMES for reader in readers):
         return "matmul input"
     return "norm or activation"
-
-
-def _is_sketch(node: fx.Node) -> bool:
-    """Whether a node is x P."""
-    operands = node.all_input_nodes if node.op == "call_function" else []
-    return any(operand.target is RANDOM_PROJECTION for operand in operands)

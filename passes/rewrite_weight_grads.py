@@ -4,10 +4,11 @@ import torch
 from torch import fx
 
 from compact_fx import _torch
-from compact_fx.errors import CannotCompact
-from compact_fx.passes.find_weight_grads import MATMULS, Use, find_weight_grads
-from compact_fx.passes.joint_graph import JointGraph, finish, insert, transposed
-from compact_fx.plan import Plan, Proxy, Site
+from compact_fx.errors import CannotCompact, failures_of
+from compact_fx.passes.find_weight_grads import Use, find_weight_grads
+from compact_fx.passes.joint_graph import JointGraph
+from compact_fx.passes.nodes import MATMULS, SKETCH, WEIGHT, finish, insert, transposed
+from compact_fx.plan import FactorInput, Plan, ProjectionInput, Site
 from compact_fx.projections import RANDOM_PROJECTION
 
 aten = torch.ops.aten
@@ -28,13 +29,13 @@ def rewrite_weight_grads(joint: JointGraph, plan: Plan) -> dict[int, fx.Node]:
         mm = aten.mm(factor, Pᵀ)                              # (m, n)
 
     and `xᵀ dy` by `P (zᵀ dy)`. A batched or grouped matmul stays one, of z instead of x, and all
-    of its experts share P. For a weight with a proxy the factor stays as it is: the weight's
-    gradient becomes None and the proxy's the factor. Sites on one activation with one projection
-    share P and z. P is marked to be drawn on each side, and the sketches in `plan.late` to be
+    of its experts share P. For a weight with a factor input the factor stays as it is: the
+    weight's gradient becomes None and that input's the factor. Sites on one activation with one
+    projection share P and z. P is marked to be drawn on each side, and late sketches to be
     computed in the backward pass.
 
     Args:
-        joint: changed in place; has a key or table as input for each of the plan's projections.
+        joint: changed in place; has the plan's inputs.
         plan: decides everything.
 
     Returns:
@@ -42,16 +43,21 @@ def rewrite_weight_grads(joint: JointGraph, plan: Plan) -> dict[int, fx.Node]:
 
     Raises:
         CannotCompact: the graph does not have a site of the plan.
+        SiteFailed: a site cannot be rewritten; the graph is then of no use.
 
     Contract: only the gradients of the plan's sketched sites change. Source: paper section 3.
     """
     inputs = joint.inputs()
-    keys = [inputs[index] for index in joint.key_inputs]
+    sources = {
+        role.projection: inputs[index]
+        for index, role in joint.added.items()
+        if isinstance(role, ProjectionInput)
+    }
     uses = {
         (grad.index, i): use for grad in find_weight_grads(joint) for i, use in enumerate(grad.uses)
     }
     sketches: dict[int, tuple[fx.Node, fx.Node]] = {}
-    stays_sketched = {proxy.index: proxy for proxy in plan.proxies}
+    stays_sketched = {role.index for role in plan.factor_inputs}
     for site in plan.sketched:
         use = uses.get((site.index, site.use))
         if use is None or (use.in_features, use.out_features) != (
@@ -63,40 +69,40 @@ def rewrite_weight_grads(joint: JointGraph, plan: Plan) -> dict[int, fx.Node]:
             )
         assert site.sketch is not None
         assert site.projection is not None
-        if site.sketch not in sketches:
-            key = keys[site.projection]
-            sketches[site.sketch] = _sketch(joint.module.graph, use, site, plan, key)
-        _replace(joint.module.graph, use, *sketches[site.sketch], stays_sketched.get(site.index))
-    if plan.proxies:
-        _return_factors(joint, plan)
+        with failures_of("rewrite_weight_grads", site.weight):
+            if site.sketch not in sketches:
+                source = sources[site.projection]
+                sketches[site.sketch] = _sketch(joint.module.graph, use, site, plan, source)
+            expand = site.index not in stays_sketched
+            _replace(joint.module.graph, use, *sketches[site.sketch], expand)
+    _return_factors(joint)
     finish(joint.module)
     return {i: sketch for i, (_, sketch) in sketches.items()}
 
 
 def _sketch(
-    graph: fx.Graph, use: Use, site: Site, plan: Plan, key: fx.Node
+    graph: fx.Graph, use: Use, site: Site, plan: Plan, source: fx.Node
 ) -> tuple[fx.Node, fx.Node]:
     assert site.projection is not None
     x = use.activation
     projection = plan.projections[site.projection]
-    # Behind the inputs even where x is one itself: the key is an input too.
+    # Behind the inputs even where x is one itself: the source is an input too.
     before = x if x.op != "placeholder" else graph.find_nodes(op="placeholder")[-1]
     with graph.inserting_before(before.next):
         if use.features_first:
             x = transposed(graph, x, like=x)
-        args = (key, projection.in_features, projection.rank, projection.kind, projection.dtype)
+        args = (source, projection.in_features, projection.rank, projection.kind, projection.dtype)
         drawn = insert(graph, RANDOM_PROJECTION, args, like=x, name="projection")
         sketch = _product(graph, x, drawn, like=x, name="sketch")
-    # P is drawn again on each side: it is a function of its key, and saving it would cost memory.
+    drawn.meta[WEIGHT], sketch.meta[SKETCH] = site.weight, site.sketch
+    # P is drawn again on each side: saving it would cost memory.
     _torch.mark_recomputed(drawn)
-    if site.sketch in plan.late:
+    if site.placement == "late":
         _torch.mark_recomputed(sketch)
     return drawn, sketch
 
 
-def _replace(
-    graph: fx.Graph, use: Use, drawn: fx.Node, sketch: fx.Node, proxy: Proxy | None
-) -> None:
+def _replace(graph: fx.Graph, use: Use, drawn: fx.Node, sketch: fx.Node, expand: bool) -> None:
     old = use.matmul
     operands = list(old.args)
     full = f"{old.name}_from_factor"
@@ -106,10 +112,10 @@ def _replace(
         )
         name = f"{old.name}_factor"
         new = factor = insert(graph, old.target, operands, like=old, name=name)  # type: ignore[arg-type]
-        if proxy is None and use.position == 1:
+        if expand and use.position == 1:
             back = transposed(graph, drawn, like=old, name="back")
             new = _product(graph, factor, back, like=old, name=full)
-        elif proxy is None:
+        elif expand:
             new = _product(graph, drawn, factor, like=old, name=full)
     old.replace_all_uses_with(new)
     graph.erase_node(old)
@@ -131,19 +137,21 @@ def _product(
     return insert(graph, aten.bmm.default, operands, like=like, name=name)
 
 
-def _return_factors(joint: JointGraph, plan: Plan) -> None:
-    """Move each sketched gradient from its weight's place among the outputs to its proxy's."""
+def _return_factors(joint: JointGraph) -> None:
+    """Move each factor from its weight's place among the outputs to that of its own input."""
     output = joint.module.graph.output_node()
     outputs = list(output.args[0])  # type: ignore[arg-type]
     positions = joint.gradient_positions()
-    for proxy, proxy_input in zip(plan.proxies, joint.proxy_inputs, strict=True):
-        source, target = positions[proxy.index], positions.get(proxy_input)
+    for index, role in joint.added.items():
+        if not isinstance(role, FactorInput):
+            continue
+        source, target = positions[role.index], positions.get(index)
         if target is None or outputs[target] is not None:
-            raise CannotCompact("a proxy input has no free place among the gradients")
+            raise CannotCompact("a factor's input has no free place among the gradients")
         outputs[source], outputs[target] = None, outputs[source]
         _update_values(outputs[target])
-        if tuple(outputs[target].meta["val"].shape) != proxy.shape:
-            raise CannotCompact(f"a factor of shape {proxy.shape} was planned for")
+        if tuple(outputs[target].meta["val"].shape) != role.shape:
+            raise CannotCompact(f"a factor of shape {role.shape} was planned for")
     output.args = (outputs,)
 
 

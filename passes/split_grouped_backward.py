@@ -3,34 +3,12 @@
 import operator
 
 import torch
-from torch import Tensor
+from torch import fx
 
-from compact_fx.passes.joint_graph import JointGraph, insert, transposed
-
-
-@torch.library.custom_op("compact_fx::grouped_product", mutates_args=())
-def _grouped_product(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
-    result = left.new_zeros(offsets.shape[0], left.shape[0], right.shape[1])
-    start = 0
-    for expert, stop in enumerate(offsets.tolist()):
-        torch.mm(left[:, start:stop], right[start:stop], out=result[expert])
-        start = stop
-    return result
+from compact_fx.passes.nodes import GROUPED_PRODUCT, insert, transposed
 
 
-@_grouped_product.register_fake
-def _(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
-    return left.new_empty(offsets.shape[0], left.shape[0], right.shape[1])
-
-
-GROUPED_PRODUCT = torch.ops.compact_fx.grouped_product.default
-"""left (m, tokens), right (tokens, n), where each expert's tokens end -> (experts, m, n).
-
-What `aten._grouped_mm` does, which torch.compile accepts for bfloat16 alone.
-"""
-
-
-def split_grouped_backward(joint: JointGraph) -> int:
+def split_grouped_backward(module: fx.GraphModule) -> int:
     """Give each of the two gradients a node of its own; returns how many pairs there were.
 
     Before (mixture-of-experts classes of Hugging Face, in other dtypes than bfloat16)::
@@ -44,7 +22,7 @@ def split_grouped_backward(joint: JointGraph) -> int:
 
     Contract: every output keeps its values, bit for bit.
     """
-    graph = joint.module.graph
+    graph = module.graph
     # By name: the operator is there only where transformers is.
     name = "transformers.grouped_mm_fallback_backward.default"
     pairs = [node for node in graph.nodes if str(node.target) == name]

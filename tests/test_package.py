@@ -49,7 +49,7 @@ def test_private_torch_lives_in_one_file(folder: str):
         r"(from torch[\w.]*\._\w+|import torch\._\w+|torch\._\w+\.|from torch[\w.]* import _)"
     )
     allowed = {"_torch.py"}
-    for file in (ROOT / folder).glob("*.py"):
+    for file in (ROOT / folder).rglob("*.py"):
         if file.name not in allowed:
             assert not private.search(file.read_text()), file.name
 

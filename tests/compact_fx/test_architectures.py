@@ -277,8 +277,8 @@ def test_dense_gradients_are_exact(name):
     (plan,) = backend.plans
     assert_every_linear_is_sketched(model, plan)
     if name in DECODERS:
-        share = sum(site.flops_before for site in plan.sketched)
-        assert share >= 0.95 * sum(site.flops_before for site in plan.sites)
+        share = sum(plan.cost_of(site).flops_before for site in plan.sketched)
+        assert share >= 0.95 * sum(cost.flops_before for cost in plan.account.sites)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -292,20 +292,20 @@ def test_sketched_gradients_are_g_p_pt(name):
     optimizer = CompactAdamW(model.parameters(), lr=1e-3)
     compact_losses, compact = train(model, batch, optimizer, backend)
     (plan,) = backend.plans
-    assert plan.bytes_after <= plan.bytes_before
+    assert plan.account.bytes_after <= plan.account.bytes_before
     assert compact_losses[0] == pytest.approx(losses[0], rel=1e-5)
     assert compact_losses[2] < compact_losses[0]
 
     names = {id(weight): name for name, weight in model.named_parameters()}
     own_name = {site.index: names[id(model.get_parameter(site.weight))] for site in plan.sites}
     partly = {own_name[site.index] for site in plan.sketched}
-    for proxy in plan.proxies:
+    for proxy in plan.factor_inputs:
         weight = own_name[proxy.index]
         partly.remove(weight)
         assert isinstance(model.get_parameter(weight).grad, SketchedGrad)
         p = plan.projections[proxy.projection](backend.config.seed)
         g = exact[weight]
-        exact[weight] = (g @ p) @ p.T if proxy.in_dim == g.dim() - 1 else p @ (p.T @ g)
+        exact[weight] = (g @ p) @ p.T if proxy.dim == g.dim() - 1 else p @ (p.T @ g)
     # What is left is a tied embedding, or sketched in two ways.
     reasons = {own_name[site.index]: site.reason for site in plan.sketched}
     assert all(reasons[weight] for weight in partly), partly

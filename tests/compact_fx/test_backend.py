@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-import compact_fx.backend
+import compact_fx.compiler
+import compact_fx.passes.apply_plan
 from compact_fx import CannotCompact, compact_backend
 
 
@@ -97,7 +98,7 @@ def test_backward_after_a_change_uses_the_forwards_projection(expected_gradients
 def test_no_grad_and_eval_cost_nothing(monkeypatch):
     """Graphs without a backward pass are compiled as they are, without analysis."""
     model, compact = mlp(), backend()
-    monkeypatch.setattr(compact_fx.backend, "choose_sites", lambda *_: pytest.fail("analysed"))
+    monkeypatch.setattr(compact_fx.compiler, "choose_sites", lambda *_: pytest.fail("analysed"))
     expected = mlp()(batch())
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, backend=compact)(batch()), expected)
@@ -133,7 +134,8 @@ def test_a_failing_pass_leaves_everything_whole(monkeypatch, name):
     def fail(*_):
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(compact_fx.backend, name, fail)
+    home = compact_fx.compiler if name == "choose_sites" else compact_fx.passes.apply_plan
+    monkeypatch.setattr(home, name, fail)
     graphs = []
 
     class Watched:
@@ -145,7 +147,7 @@ def test_a_failing_pass_leaves_everything_whole(monkeypatch, name):
 
     compact = backend(strict=False)
     model, reference = mlp(), mlp()
-    with pytest.warns(UserWarning, match="without sketches: RuntimeError in a pass: planted"):
+    with pytest.warns(UserWarning, match=f"without sketches: RuntimeError in {name}: planted"):
         torch.compile(model, backend=Watched())(batch()).pow(2).mean().backward()
     reference(batch()).pow(2).mean().backward()
     for mine, other in zip(model.parameters(), reference.parameters(), strict=True):
@@ -157,7 +159,7 @@ def test_a_failing_pass_leaves_everything_whole(monkeypatch, name):
 def test_strict_raises(monkeypatch):
     """With strict=True a person hears of it at once."""
     monkeypatch.setattr(
-        compact_fx.backend,
+        compact_fx.compiler,
         "choose_sites",
         lambda *_: (_ for _ in ()).throw(RuntimeError("planted")),
     )

@@ -67,9 +67,11 @@ def test_caches_hit_and_miss_when_they_must(run, tmp_path: Path):
 
     root = Path(compact_fx.__file__).parent
     copy = tmp_path / "edited" / "compact_fx"
-    (copy / "passes").mkdir(parents=True)
-    for file in root.glob("*.py"):
-        (copy / file.name).write_text(file.read_text())
+    for file in root.rglob("*.py"):
+        target = copy / file.relative_to(root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(file.read_text())
+    (copy / "passes").mkdir()
     for file in Path(compact_fx.passes.__path__[0]).glob("*.py"):
         (copy / "passes" / file.name).write_text(file.read_text() + "\n# edited\n")
     assert run(path=tmp_path / "edited", rank=0.25)["aot"] == [0, 1]

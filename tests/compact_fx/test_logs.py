@@ -32,8 +32,8 @@ def test_one_line_for_each_graph_and_each_site(caplog):
     records = [record for record in caplog.records if record.name.startswith("compact_fx")]
     (info,) = [r.getMessage() for r in records if r.levelno == logging.INFO]
     assert info == (
-        f"graph 0: 2 of 2 weight gradients sketched, {plan.bytes_before} → {plan.bytes_after} "
-        "bytes kept for backward"
+        f"graph 0: 2 of 2 weight gradients sketched, {plan.account.bytes_before} → "
+        f"{plan.account.bytes_after} bytes kept for backward"
     )
     debug = [r.getMessage() for r in records if r.levelno == logging.DEBUG]
     assert [re.search("weight='(.*?)'", line).group(1) for line in debug] == [

@@ -59,7 +59,7 @@ def test_gradients_are_g_p_pt(
     compact_loss, compact = gradients_of(make_llama(attention_bias=True), tokens, backend)
     (plan,) = backend.plans
     assert len(plan.sketched) == 15
-    assert plan.bytes_after < plan.bytes_before
+    assert plan.account.bytes_after < plan.account.bytes_before
     assert compact_loss == pytest.approx(loss, rel=1e-6)
     expected = expected_gradients(exact, backend)
     sketched = {site.weight for site in plan.sketched}
@@ -131,13 +131,13 @@ def test_what_crosses_with_torchs_own_choice(make_llama, tokens, gradients_of):
         members = [sites[f"{module}.{name}_proj.weight"] for name in names]
         assert {site.placement for site in members} == {"early"}
         assert len({site.sketch for site in members}) == 1
-        assert sum(site.bytes_before for site in members) == rows * features * 4
-        assert sum(site.bytes_after for site in members) == rows * features
+        assert sum(plan.cost_of(site).bytes_before for site in members) == rows * features * 4
+        assert sum(plan.cost_of(site).bytes_after for site in members) == rows * features
     output = sites["self_attn.o_proj.weight"]
     assert output.placement == "late"
-    assert output.bytes_before == output.bytes_after == rows * 64 * 4
-    before = [(saved.shape, saved.dtype) for saved in plan.saved_before]
-    after = [(saved.shape, saved.dtype) for saved in plan.saved_after]
+    assert plan.cost_of(output).bytes_before == plan.cost_of(output).bytes_after == rows * 64 * 4
+    before = [(saved.shape, saved.dtype) for saved in plan.account.saved_before]
+    after = [(saved.shape, saved.dtype) for saved in plan.account.saved_after]
     assert after.count((f"({rows}, 44)", "float32")) == 2  # z of down, in two layers
     assert after.count((f"({rows}, 16)", "float32")) == 5  # z of qkv and gate/up, and of lm_head
     assert len(after) == len(before)
@@ -156,7 +156,7 @@ def test_never_more_bytes(
     _, compact = gradients_of(make_llama(), tokens, backend)
     (plan,) = backend.plans
     assert plan.sketched
-    assert plan.bytes_after <= plan.bytes_before
+    assert plan.account.bytes_after <= plan.account.bytes_before
     for name, gradient in expected_gradients(exact, backend).items():
         assert relative_error(compact[name], gradient) < 1e-4, name
 

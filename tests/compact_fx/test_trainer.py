@@ -94,7 +94,7 @@ def test_sketched_gradients(train, arguments):
     """Mixed precision and clipping: a sketched run learns."""
     compact = backend(gradients="sketched", rank=0.5)
     losses, _ = train(compact, steps=12, **arguments)
-    assert compact.plans[0].proxies
+    assert compact.plans[0].factor_inputs
     assert losses[-1] < losses[0]
 
 

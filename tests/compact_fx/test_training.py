@@ -228,7 +228,7 @@ def test_checkpointed_regions(same_gradients, run, place):
     (plan,) = compact.plans
     assert len(plan.sketched) == 6
     if place != "early":
-        assert plan.bytes_after <= plan.bytes_before
+        assert plan.account.bytes_after <= plan.account.bytes_before
 
 
 def test_checkpoint_around_compiled_blocks(same_gradients):
@@ -262,7 +262,7 @@ def test_activation_memory_budget(same_gradients, budget):
     with torch._functorch.config.patch(activation_memory_budget=budget):
         compact, _ = same_gradients(Blocks, may_be_left_alone=True)
     (plan,) = compact.plans
-    assert plan.bytes_after <= plan.bytes_before
+    assert plan.account.bytes_after <= plan.account.bytes_before
     assert plan.sketched or all(s.reason.startswith("sketching keeps") for s in plan.sites)
 
 

@@ -6,14 +6,12 @@ import pytest
 import torch
 from torch import fx, nn
 
-from compact_fx import _torch
+from compact_fx.compiler import GraphCompiler
+from compact_fx.config import CompactConfig
+from compact_fx.passes import joint_graph
 from compact_fx.passes.joint_graph import JointGraph
-from compact_fx.passes.split_grouped_backward import split_grouped_backward
+from compact_fx.plan import ProjectionInput
 from compact_fx.projections import RANDOM_PROJECTION, fold_in, source
-
-
-class _Stop(BaseException):
-    """Ends a compilation at the partitioner."""
 
 
 class Calls(nn.Module):
@@ -37,35 +35,14 @@ def _joint_of(module: nn.Module, *inputs: torch.Tensor, split: bool = True) -> J
     found: list[JointGraph] = []
 
     def backend(graph_module, example_inputs):
-        placeholders = graph_module.graph.find_nodes(op="placeholder")
-        weights = {
-            index: _torch.qualified_name(node)
-            for index, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True))
-            if isinstance(value, nn.Parameter)
-        }
-
-        def stop(module, num_fwd_outputs, static_inputs):
-            joint = JointGraph(module, num_fwd_outputs, tuple(static_inputs), weights)
-            if split:
-                split_grouped_backward(joint)
-            module.graph.eliminate_dead_code()
-            _torch.eliminate_common_subexpressions(module)
-            found.append(joint)
-            raise _Stop
-
-        try:
-            with _torch.cold_joint_graph():
-                _torch.compile_graph(
-                    _torch.copy_graph_module(graph_module),
-                    example_inputs,
-                    inner="aot_eager",
-                    options={},
-                    partition=stop,
-                    cache_id="test",
-                )
-        except _Stop:
-            return graph_module.forward
-        raise AssertionError("there is no joint graph without a backward pass")
+        config = CompactConfig(inner="aot_eager")
+        with pytest.MonkeyPatch.context() as patch:
+            if not split:
+                patch.setattr(joint_graph, "split_grouped_backward", lambda module: 0)
+            joint = GraphCompiler(config, {}, graph_module, example_inputs).visit(lambda j: j)
+        assert joint is not None, "there is no joint graph without a backward pass"
+        found.append(joint)
+        return graph_module.forward
 
     torch._dynamo.reset()
     torch.compile(module, backend=backend, fullgraph=True)(*inputs)
@@ -76,7 +53,11 @@ def _joint_of(module: nn.Module, *inputs: torch.Tensor, split: bool = True) -> J
 def _values_of(joint: JointGraph, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random values for all inputs of a joint graph, by name; projection keys from the seed."""
     generator = torch.Generator().manual_seed(17)
-    keys = {joint.inputs()[index].name: i for i, index in enumerate(joint.key_inputs)}
+    keys = {
+        joint.inputs()[index].name: role.projection
+        for index, role in joint.added.items()
+        if isinstance(role, ProjectionInput)
+    }
     values = {}
     for node in joint.module.graph.find_nodes(op="placeholder"):
         fake = node.meta["val"]

@@ -29,7 +29,7 @@ def rewritten(joint_of):
     def make(module, *inputs, **settings):
         joint = joint_of(module, *inputs)
         plan = choose_sites(joint, CompactConfig(**settings))
-        changed = joint.with_keys(plan.projections, plan.proxies)
+        changed = joint.with_inputs(plan)
         rewrite_weight_grads(changed, plan)
         return changed
 

@@ -8,7 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from compact_fx.config import CompactConfig
 from compact_fx.passes.choose_sites import choose_sites
-from compact_fx.passes.partition import bytes_of, partition, storage_of
+from compact_fx.passes.nodes import bytes_of, storage_of
+from compact_fx.passes.partition import partition
 from compact_fx.passes.rewrite_weight_grads import rewrite_weight_grads
 from compact_fx.projections import RANDOM_PROJECTION
 
@@ -42,7 +43,7 @@ def cut_of(joint_of):
         config = CompactConfig(**settings)
         joint = joint_of(module, *inputs)
         plan = choose_sites(joint, config)
-        changed = joint.with_keys(plan.projections)
+        changed = joint.with_inputs(plan)
         rewrite_weight_grads(changed, plan)
         return changed, plan, partition(changed.copy(), recompute=config.recompute)
 
@@ -106,14 +107,14 @@ def test_one_sketch_crosses_for_all_that_share_it(cut_of, attention_of):
 
 def test_the_plan_says_what_crosses(cut_of, attention_of):
     _, plan, cut = cut_of(attention_of(), batch())
-    assert plan.saved_after == cut.saved
-    assert plan.bytes_after == cut.bytes < plan.bytes_before
+    assert plan.account.saved_after == cut.saved
+    assert plan.account.bytes_after == cut.bytes < plan.account.bytes_before
 
 
 def test_parameters_their_views_and_keys_are_not_counted(cut_of, attention_of):
     joint, _, cut = cut_of(attention_of(), batch())
     lasting = {storage_of(node) for node in joint.weight_inputs().values()}
-    lasting |= {storage_of(joint.inputs()[index]) for index in joint.key_inputs}
+    lasting |= {storage_of(joint.inputs()[index]) for index in joint.added}
     assert not lasting & cut.storages
     outputs = cut.forward.graph.output_node().args[0][joint.num_fwd_outputs :]
     crossing = {storage_of(node) for node in outputs if isinstance(node.meta["val"], FakeTensor)}
@@ -154,7 +155,7 @@ def test_symbolic_sizes_count_with_their_hints(cut_of, dims):
     assert saved.bytes == 6 * 9 * 16 * 4
     assert type(saved.bytes) is int
     assert "s" in saved.shape
-    assert plan.bytes_before == 6 * 9 * 64 * 4
+    assert plan.account.bytes_before == 6 * 9 * 64 * 4
 
 
 def test_recomputing_keeps_no_more(joint_of, attention_of):

@@ -15,7 +15,7 @@ from compact_fx.config import CompactConfig
 from compact_fx.errors import CannotCompact
 from compact_fx.passes.choose_sites import choose_sites
 from compact_fx.passes.find_weight_grads import find_weight_grads
-from compact_fx.passes.joint_graph import finish, is_transposition
+from compact_fx.passes.nodes import finish, is_transposition
 from compact_fx.passes.rewrite_weight_grads import rewrite_weight_grads
 from compact_fx.projections import RANDOM_PROJECTION, fold_in, random_projection, source
 
@@ -33,7 +33,7 @@ def rewritten(joint_of):
     def make(module, *inputs, **settings):
         joint = joint_of(module, *inputs)
         plan = choose_sites(joint, CompactConfig(**settings))
-        changed = joint.with_keys(plan.projections)
+        changed = joint.with_inputs(plan)
         return joint, plan, changed, rewrite_weight_grads(changed, plan)
 
     return make
@@ -191,7 +191,7 @@ def test_the_gradient_is_that_of_the_formula(rewritten, calls, values_of, evalua
     values = values_of(changed)
     site, dense = plan.sites[0], find_weight_grads(joint)[0]
     projection = plan.projections[0]
-    key = values[changed.inputs()[changed.key_inputs[0]].name]
+    key = values[changed.inputs()[min(changed.added)].name]
     p = RANDOM_PROJECTION(key, 64, 16, projection.kind, projection.dtype)
     position = list(joint.module.graph.output_node().args[0]).index(joint.gradients()[site.index])
     exact = evaluate(joint.module, values)[position]
@@ -238,7 +238,7 @@ def test_a_square_activation_and_its_transpose_have_sketches_of_their_own(
     left, right = (grad.uses[0] for grad in find_weight_grads(joint))
     assert left.activation is right.activation
     assert [use.features_first for use in (left, right)] == [True, False]
-    changed = joint.with_keys(plan.projections)
+    changed = joint.with_inputs(plan)
     assert len(rewrite_weight_grads(changed, plan)) == 2
     values = values_of(changed)
     for a, b in zip(evaluate(joint.module, values), evaluate(changed.module, values), strict=True):
@@ -258,7 +258,7 @@ def test_a_site_that_is_not_there_cannot_be_compacted(joint_of, change):
     plan = choose_sites(joint, CompactConfig())
     wrong = replace(plan, sites=tuple(replace(site, **change) for site in plan.sites))
     with pytest.raises(CannotCompact, match="gradient of weight is not the one"):
-        rewrite_weight_grads(joint.with_keys(plan.projections), wrong)
+        rewrite_weight_grads(joint.with_inputs(plan), wrong)
 
 
 def test_a_copy_is_rewritten_and_the_original_stays(rewritten, calls, ops_of):

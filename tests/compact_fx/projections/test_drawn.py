@@ -16,15 +16,17 @@ from compact_fx.projections import (
     KINDS,
     RANDOM_PROJECTION,
     Projection,
-    _words,
-    countsketch_columns,
-    countsketch_rows,
-    countsketch_table,
     draw,
     fold_in,
     random_projection,
     salt_of,
 )
+from compact_fx.projections.countsketch import (
+    countsketch_columns,
+    countsketch_rows,
+    countsketch_table,
+)
+from compact_fx.projections.hashed import _words
 
 INDEPENDENT = ("gaussian", "rademacher", "sparse")  # entries are; those of "orthogonal" are not
 MOMENTS = {  # of √r·P: E[q⁴], and the variances of q² and q⁴

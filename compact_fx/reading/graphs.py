@@ -8,9 +8,10 @@ from functools import cached_property
 from torch import fx
 
 from compact_fx import _torch
-from compact_fx.passes.joint_graph import JointGraph, is_relabelling
+from compact_fx.passes.apply_plan import apply_plan, rewrite
+from compact_fx.passes.joint_graph import JointGraph
+from compact_fx.passes.nodes import is_relabelling
 from compact_fx.passes.partition import Partition, partition
-from compact_fx.passes.rewrite_weight_grads import rewrite_weight_grads
 from compact_fx.plan import Plan
 from compact_fx.projections import RANDOM_PROJECTION
 
@@ -42,7 +43,7 @@ class CompactedGraphs:
     @cached_property
     def joint_after(self) -> fx.GraphModule:
         """The joint graph with the plan's sketches in it."""
-        return self._rewritten()[0].module
+        return rewrite(self._joint.copy(), self.plan).joint.module
 
     @property
     def forward(self) -> fx.GraphModule:
@@ -57,18 +58,12 @@ class CompactedGraphs:
     @cached_property
     def cut(self) -> Partition:
         """Both sides of the boundary, as planned."""
-        joint, sketches = self._rewritten()
-        return partition(joint, recompute=self.plan.recompute, early=self.plan.early(sketches))
+        return apply_plan(self._joint.copy(), self.plan)
 
     @cached_property
     def cut_before(self) -> Partition:
         """Both sides of the boundary, as torch.compile makes them without this project."""
         return partition(self._joint.copy(), recompute=False)
-
-    def _rewritten(self) -> tuple[JointGraph, dict[int, fx.Node]]:
-        """A copy with the sketches in it: partitioning takes one over."""
-        joint = self._joint.with_keys(self.plan.projections, self.plan.proxies)
-        return joint, rewrite_weight_grads(joint, self.plan)
 
     def modules(self) -> dict[str, fx.GraphModule]:
         """All graphs by name, in the order in which they come about."""

@@ -4,14 +4,16 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
-from compact_fx.plan import SAVED_KINDS, Plan, Saved, Site
+from compact_fx.plan import SAVED_KINDS, Plan, Saved, Site, SiteCost, bytes_of_kind
+from compact_fx.training.watch import STEPS_UNSEEN
 
+_NOTHING = "nothing was compiled for training yet: run a forward pass that needs gradients"
 _TOP = 8  # of what else crosses
 _NARROW = 40  # characters of a reason or a source line
 
@@ -23,10 +25,14 @@ class CompactionReport:
     Attributes:
         plans: one for each graph.
         graph_breaks: reason → how often Dynamo broke a graph for it since the backend was made.
+        unsketched: reason → how many calls, or optimizer steps, went without sketches for it.
+        steps_unseen: whether the weights change, and no optimizer was seen to step them.
     """
 
     plans: tuple[Plan, ...]
     graph_breaks: Mapping[str, int]
+    unsketched: Mapping[str, int] = field(default_factory=dict)
+    steps_unseen: bool = False
 
     def __str__(self) -> str:
         return self.table()
@@ -38,9 +44,14 @@ class CompactionReport:
             tablefmt: of tabulate, such as "simple" or "github".
             wide: more columns, and nothing shortened.
         """
+        warnings = [
+            f"{count} calls or steps ran without sketches: {reason}"
+            for reason, count in self.unsketched.items()
+        ]
+        warnings += [STEPS_UNSEEN] if self.steps_unseen else []
         if not self.plans:
-            return "nothing was compiled for training yet: run a forward pass that needs gradients"
-        parts = [
+            return "\n\n".join(warnings or [_NOTHING])
+        parts = warnings + [
             part
             for number, plan in enumerate(self.plans)
             for part in (
@@ -60,9 +71,12 @@ class CompactionReport:
         graphs: list[dict[str, Any]] = [
             {
                 "totals": _sums(plan),
-                "sites": [asdict(site) for site in plan.sites],
-                "saved_before": [asdict(saved) for saved in plan.saved_before],
-                "saved_after": [asdict(saved) for saved in plan.saved_after],
+                "sites": [
+                    asdict(site) | asdict(cost)
+                    for site, cost in zip(plan.sites, plan.account.sites, strict=True)
+                ],
+                "saved_before": [asdict(saved) for saved in plan.account.saved_before],
+                "saved_after": [asdict(saved) for saved in plan.account.saved_after],
             }
             for plan in self.plans
         ]
@@ -75,6 +89,8 @@ class CompactionReport:
             "totals": totals,
             "graphs": graphs,
             "graph_breaks": dict(self.graph_breaks),
+            "unsketched": dict(self.unsketched),
+            "steps_unseen": self.steps_unseen,
         }
 
     def to_json(self, indent: int | None = 1) -> str:
@@ -83,7 +99,7 @@ class CompactionReport:
 
     def plot(self, path: str | Path) -> Path:
         """Stacked bars of what crosses the boundary, before and after; needs matplotlib."""
-        from compact_fx.plots import crossing  # matplotlib is an extra
+        from compact_fx.reading.plots import crossing  # matplotlib is an extra
 
         return crossing(self.plans, path)
 
@@ -95,16 +111,16 @@ def _sums(plan: Plan) -> dict[str, int]:
     return {
         "weights": len(plan.sites),
         "sketched": len(plan.sketched),
-        "bytes_before": plan.bytes_before,
-        "bytes_after": plan.bytes_after,
-        "flops_before": sum(site.flops_before for site in plan.sites),
-        "flops_after": sum(site.flops_after for site in plan.sites),
+        "bytes_before": plan.account.bytes_before,
+        "bytes_after": plan.account.bytes_after,
+        "flops_before": sum(cost.flops_before for cost in plan.account.sites),
+        "flops_after": sum(cost.flops_after for cost in plan.account.sites),
     }
 
 
 def _totals(plan: Plan) -> str:
     sums = _sums(plan)
-    dearer = sum(site.flops_after > site.flops_before for site in plan.sketched)
+    dearer = sum(cost.flops_after > cost.flops_before for cost in plan.account.sites)
     return (
         f"{sums['sketched']} of {sums['weights']} weight gradients sketched; kept for backward "
         f"{arrow(sums['bytes_before'], sums['bytes_after'], 1e6)} MB; weight gradients "
@@ -116,9 +132,9 @@ def _totals(plan: Plan) -> str:
 def _weights(plan: Plan, tablefmt: str, wide: bool) -> str:
     headers = ["weight", "count", "in → rank", "placement", "kept MB", "weight-grad GFLOP"]
     headers += [*(("out", "gradient") if wide else ()), "left alone because"]
-    groups: dict[tuple[Any, ...], list[Site]] = {}
-    sketched = {proxy.index for proxy in plan.proxies}
-    for site in plan.sites:
+    groups: dict[tuple[Any, ...], list[tuple[Site, SiteCost]]] = {}
+    sketched = {role.index for role in plan.factor_inputs}
+    for site, cost in zip(plan.sites, plan.account.sites, strict=True):
         alike = (
             _NUMBER.sub(_SLOT, site.weight),
             site.use,
@@ -129,17 +145,19 @@ def _weights(plan: Plan, tablefmt: str, wide: bool) -> str:
             site.reason,
             site.index in sketched,
         )
-        groups.setdefault(alike, []).append(site)
+        groups.setdefault(alike, []).append((site, cost))
     rows = []
     for sites in groups.values():
-        for pattern, names in merge_names([site.weight for site in sites]):
-            members = [site for site in sites if site.weight in names]
-            rows.append(_row(pattern, members, members[0].index in sketched, wide))
+        for pattern, names in merge_names([site.weight for site, _ in sites]):
+            members = [(site, cost) for site, cost in sites if site.weight in names]
+            rows.append(_row(pattern, members, members[0][0].index in sketched, wide))
     return tabulate(rows, headers=headers, tablefmt=tablefmt, disable_numparse=True)
 
 
-def _row(pattern: str, sites: Sequence[Site], sketched: bool, wide: bool) -> list[str]:
-    first = sites[0]
+def _row(
+    pattern: str, sites: Sequence[tuple[Site, SiteCost]], sketched: bool, wide: bool
+) -> list[str]:
+    (first, _), costs = sites[0], [cost for _, cost in sites]
     rank = f" → {first.rank}" if first.rank else ""
     gradient = "" if first.placement is None else "sketched" if sketched else "dense"
     return [
@@ -147,8 +165,8 @@ def _row(pattern: str, sites: Sequence[Site], sketched: bool, wide: bool) -> lis
         str(len(sites)),
         f"{first.in_features}{rank}" if first.in_features else "",
         first.placement or "",
-        arrow(sum(s.bytes_before for s in sites), sum(s.bytes_after for s in sites), 1e6),
-        arrow(sum(s.flops_before for s in sites), sum(s.flops_after for s in sites), 1e9),
+        arrow(sum(c.bytes_before for c in costs), sum(c.bytes_after for c in costs), 1e6),
+        arrow(sum(c.flops_before for c in costs), sum(c.flops_after for c in costs), 1e9),
         *((str(first.out_features or ""), gradient) if wide else ()),
         first.reason if wide else _shortened(first.reason),
     ]
@@ -160,16 +178,16 @@ def _crossing(plan: Plan, tablefmt: str, wide: bool) -> str:
         [
             kind,
             arrow(before, after, 1e6),
-            f"{sum(s.kind == kind for s in plan.saved_before)} → "
-            f"{sum(s.kind == kind for s in plan.saved_after)}",
+            f"{sum(s.kind == kind for s in plan.account.saved_before)} → "
+            f"{sum(s.kind == kind for s in plan.account.saved_after)}",
         ]
         for kind in SAVED_KINDS
-        if (before := bytes_of_kind(plan.saved_before, kind))
-        + (after := bytes_of_kind(plan.saved_after, kind))
+        if (before := bytes_of_kind(plan.account.saved_before, kind))
+        + (after := bytes_of_kind(plan.account.saved_after, kind))
     ]
     table = tabulate(kinds, ["what crosses", "MB", "tensors"], tablefmt, disable_numparse=True)
     alike: dict[tuple[Any, ...], list[Saved]] = {}
-    for saved in plan.saved_after:
+    for saved in plan.account.saved_after:
         key = (saved.shape, saved.dtype, saved.op, saved.readers, saved.source)
         alike.setdefault(key, []).append(saved)
     largest = sorted(alike.values(), key=lambda group: -sum(saved.bytes for saved in group))
@@ -186,11 +204,6 @@ def _crossing(plan: Plan, tablefmt: str, wide: bool) -> str:
     ]
     headers = ["largest, MB", "count", "tensor", "made by", "read by", "source"]
     return table + "\n\n" + tabulate(rows, headers, tablefmt, disable_numparse=True)
-
-
-def bytes_of_kind(saved: Iterable[Saved], kind: str) -> int:
-    """Bytes that cross for one kind of tensor."""
-    return sum(tensor.bytes for tensor in saved if tensor.kind == kind)
 
 
 def arrow(before: int, after: int, unit: float) -> str:

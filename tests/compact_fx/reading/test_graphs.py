@@ -8,8 +8,8 @@ import torch
 from torch import fx, nn
 
 from compact_fx import CompactedGraphs, compact_backend
-from compact_fx.graphs import dot_of, text_of
 from compact_fx.projections import RANDOM_PROJECTION
+from compact_fx.reading.graphs import dot_of, text_of
 
 
 class Layer(nn.Module):
@@ -92,8 +92,8 @@ def test_what_crosses_is_what_the_forward_returns(graphs):
     shapes = [tuple(node.meta["val"].shape) for node in received]
     assert (128, 16) in shapes
     assert (128, 64) not in shapes
-    assert graphs.cut.bytes == graphs.plan.bytes_after
-    assert graphs.cut_before.bytes == graphs.plan.bytes_before
+    assert graphs.cut.bytes == graphs.plan.account.bytes_after
+    assert graphs.cut_before.bytes == graphs.plan.account.bytes_before
 
 
 def test_diff_has_what_changed_and_nothing_else(graphs):

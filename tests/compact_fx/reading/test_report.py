@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from compact_fx import CompactionReport, Plan, Saved, Site, compact_backend
-from compact_fx.report import arrow, merge_names
+from compact_fx import Account, CompactionReport, Plan, Saved, Site, compact_backend
+from compact_fx.plan import SiteCost
+from compact_fx.reading.report import arrow, merge_names
 
 
 class Scaled(nn.Module):
@@ -72,8 +73,8 @@ def test_repeated_layers_are_one_row(make_llama, tokens):
     assert down[1:4] == ["3", "176 → 44", "late"]
     flops = 2 * 256 * 176 * 64  # one weight gradient: tokens × in × out
     (site, *_) = [s for s in report.plans[0].sites if "down_proj" in s.weight]
-    assert site.flops_before == flops
-    assert down[5] == arrow(3 * flops, 3 * site.flops_after, 1e9)
+    assert report.plans[0].cost_of(site).flops_before == flops
+    assert down[5] == arrow(3 * flops, 3 * report.plans[0].cost_of(site).flops_after, 1e9)
     assert down[6:8] == ["64", "dense"]
     assert rows["model.layers.{0,2}.mlp.gate_proj.weight"][1] == "2"
     assert "in exclude" in rows["model.layers.1.mlp.gate_proj.weight"][-1]
@@ -104,7 +105,14 @@ def test_data_has_stable_names(make_llama, tokens):
     """Other programs read these; the totals are sums, and JSON holds the same."""
     report = report_of(make_llama(), input_ids=tokens, labels=tokens)
     data = report.to_dict()
-    assert list(data) == ["version", "totals", "graphs", "graph_breaks"]
+    assert list(data) == [
+        "version",
+        "totals",
+        "graphs",
+        "graph_breaks",
+        "unsketched",
+        "steps_unseen",
+    ]
     totals = ["weights", "sketched", "bytes_before", "bytes_after", "flops_before", "flops_after"]
     assert list(data["totals"]) == totals
     (graph,) = data["graphs"]
@@ -151,8 +159,12 @@ def test_totals_are_of_all_graphs():
             readers=("mm.default",),
             source="",
         )
-        site = Site(weight="w", index=0, flops_before=10 * size, flops_after=size)
-        return Plan(sites=(site,), saved_before=(saved, saved), saved_after=(saved,))
+        account = Account(
+            saved_before=(saved, saved),
+            saved_after=(saved,),
+            sites=(SiteCost(flops_before=10 * size, flops_after=size),),
+        )
+        return Plan(sites=(Site(weight="w", index=0),), account=account)
 
     report = CompactionReport(plans=(plan(4), plan(6)), graph_breaks={})
     assert report.to_dict()["totals"] == {
@@ -199,11 +211,11 @@ def test_totals_are_what_autograd_keeps(make_llama, tokens, kept_bytes, inner, r
 
     kept = run(torch.compile(model, backend=backend))
     (plan,) = backend.plans
-    assert plan.bytes_after == kept - bytes_of_sources(plan)
+    assert plan.account.bytes_after == kept - bytes_of_sources(plan)
     torch._dynamo.reset()
     plain = "inductor" if inner == "inductor" else "aot_eager_decomp_partition"
-    assert plan.bytes_before == run(torch.compile(model, backend=plain))
-    assert plan.bytes_after < plan.bytes_before
+    assert plan.account.bytes_before == run(torch.compile(model, backend=plain))
+    assert plan.account.bytes_after < plan.account.bytes_before
 
 
 def test_buffers_do_not_cross(kept_bytes):
@@ -213,8 +225,8 @@ def test_buffers_do_not_cross(kept_bytes):
     compiled = torch.compile(model, backend=backend)
     kept = kept_bytes(lambda: compiled(x), [*model.parameters(), *model.buffers()])
     (plan,) = backend.plans
-    assert plan.bytes_after == kept - bytes_of_sources(plan)
-    assert "(96,)" not in [saved.shape for saved in plan.saved_before]
+    assert plan.account.bytes_after == kept - bytes_of_sources(plan)
+    assert "(96,)" not in [saved.shape for saved in plan.account.saved_before]
 
 
 def test_names_with_many_numbers_are_merged_at_once():

@@ -13,8 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from compact_fx import CompactAdamW, compact_backend, proxies
-from compact_fx.sketched_grad import SketchedGrad
+from compact_fx import CompactAdamW, compact_backend
+from compact_fx.training import inputs
+from compact_fx.training.gradients import SketchedGrad
+from compact_fx.training.weights import known_record
 
 
 def mlp():
@@ -83,26 +85,31 @@ def test_full_orthogonal_rank_is_exact():
         torch.testing.assert_close(dense_of(actual.grad), expected.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_accumulation_new_shapes_and_memory():
-    """One SketchedGrad, one proxy without memory, over backwards of several shapes."""
-    found = []
+def test_accumulation_new_shapes_and_memory(monkeypatch):
+    """One SketchedGrad, one leaf without memory for a graph, over backwards of several shapes."""
+    gradients, leaves = [], []
+    original = inputs.leaf_of
+
+    def watched(weight, shape, basis):
+        leaves.append(original(weight, shape, basis))
+        return leaves[-1]
+
+    monkeypatch.setattr(inputs, "leaf_of", watched)
 
     def run(model, compact):
         step = torch.compile(model, backend=compact)
         for rows in (64, 48, 64):
             step(batch(rows)).pow(2).mean().backward()
-            found.append((model[0].weight.grad, proxies._proxies.get(model[0].weight)))
+            gradients.append(model[0].weight.grad)
+        assert len(leaves) == sum(len(plan.factor_inputs) for plan in compact.plans)
 
     compare(run)
-    gradients, leaves = zip(*found[3:], strict=True)
-    assert len({id(gradient) for gradient in gradients}) == 1
-    assert all(len(own) == 1 for own in leaves)
-    assert len({id(leaf) for own in leaves for leaf in own.values()}) == 1
-    (leaf,) = leaves[0].values()
-    assert leaf.shape == (96, 16)
-    assert leaf.stride() == (0, 0)
-    assert leaf.untyped_storage().nbytes() == 4
-    assert leaf.grad is None
+    assert len({id(gradient) for gradient in gradients[3:]}) == 1
+    assert leaves[0].shape == (96, 16)
+    for leaf in leaves:
+        assert leaf.stride() == (0, 0)
+        assert leaf.untyped_storage().nbytes() == 4
+        assert leaf.grad is None
 
 
 def two_calls(model, compact):
@@ -298,7 +305,8 @@ def test_frozen():
 
     model = compare(once, make)
     assert model[2].weight.grad is None
-    assert model[2].weight not in proxies._proxies
+    record = known_record(model[2].weight)
+    assert record is None or not record.is_factor
 
 
 def test_autocast():
@@ -375,8 +383,7 @@ def test_second_model():
     first, second = (model[0].weight for model in models)
     torch.testing.assert_close(first.grad.to_dense(), second.grad.to_dense())
     assert first.grad is not second.grad
-    leaves = [next(iter(proxies._proxies[weight].values())) for weight in (first, second)]
-    assert leaves[0] is not leaves[1]
+    assert known_record(first) is not known_record(second)
 
 
 # --- asking for a weight's gradient in other ways ------------------------------------------------

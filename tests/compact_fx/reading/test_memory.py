@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from compact_fx import explain
-from compact_fx.explanation import COMPILED, DENSE, SKETCHED
-from compact_fx.memory import GraphMemory, LiveMemory, Moment, graph_memory, step_timeline
+from compact_fx.reading.explanation import COMPILED, DENSE, SKETCHED
+from compact_fx.reading.memory import GraphMemory, LiveMemory, Moment, graph_memory, step_timeline
 
 KB = 1024
 

@@ -8,10 +8,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from compact_fx import compact_backend, projections
-from compact_fx.plan import Plan
-from compact_fx.projections import Projection, fold_in
-from compact_fx.schedule import KeySchedule, steps_of
+from compact_fx import compact_backend
+from compact_fx.plan import Plan, ProjectionInput
+from compact_fx.projections import Projection, drawn, fold_in
+from compact_fx.training.inputs import GraphInputs
+from compact_fx.training.watch import Watch
+from compact_fx.training.weights import steps_of
 
 
 def weight_of(*shape):
@@ -27,28 +29,28 @@ def plan_of(*salts):
             Projection(salt=salt, in_features=8, rank=2, kind="gaussian", dtype=torch.float32)
             for salt in salts
         ),
+        inputs=tuple(ProjectionInput(projection=i, owners=(i,)) for i in range(len(salts))),
     )
 
 
 def schedule_of(*weights, interval=1, seed=0):
-    return KeySchedule(plan_of(*range(len(weights))), seed, interval)
+    return GraphInputs(plan_of(*range(len(weights))), seed, interval, Watch())
 
 
-def values(drawn):
-    assert [key.item() for key in drawn.sources] == list(drawn.values)
-    return list(drawn.values)
+def values(keys):
+    return [key.item() for key in keys]
 
 
 def test_keys_are_those_of_seed_salt_and_generation():
     weights = [weight_of(), weight_of()]
-    schedule = KeySchedule(plan_of(11, 12), 5, 2)
-    keys = schedule.keys(weights)
+    schedule = GraphInputs(plan_of(11, 12), 5, 2, Watch())
+    keys = schedule(weights)
     assert values(keys) == [fold_in(5, 11, 0), fold_in(5, 12, 0)]
-    assert all(key.shape == () and key.dtype == torch.int64 for key in keys.sources)
+    assert all(key.shape == () and key.dtype == torch.int64 for key in keys)
     optimizer = torch.optim.SGD(weights, lr=0.1)
     optimizer.step()
     optimizer.step()
-    assert values(schedule.keys(weights)) == [fold_in(5, 11, 1), fold_in(5, 12, 1)]
+    assert values(schedule(weights)) == [fold_in(5, 11, 1), fold_in(5, 12, 1)]
 
 
 @pytest.mark.parametrize("interval", [1, 3])
@@ -58,7 +60,7 @@ def test_keys_change_exactly_every_update_interval_steps(interval, make):
     schedule, optimizer = schedule_of(weight, interval=interval), make([weight], lr=0.1)
     seen = []
     for _ in range(3 * interval):
-        seen.append(values(schedule.keys([weight])))
+        seen.append(values(schedule([weight])))
         optimizer.step()
     assert [step for step in range(1, len(seen)) if seen[step] != seen[step - 1]] == [
         step for step in range(1, len(seen)) if step % interval == 0
@@ -79,9 +81,9 @@ def test_steps_before_the_weight_was_tracked_do_not_count():
 def test_an_optimizer_of_other_weights_does_not_count():
     weight, other = weight_of(), weight_of()
     schedule = schedule_of(weight)
-    before = schedule.keys([weight])
+    before = schedule([weight])
     torch.optim.SGD([other], lr=0.1).step()
-    assert schedule.keys([weight]) is before
+    assert schedule([weight]) is before
     assert steps_of(weight) == 0
 
 
@@ -96,9 +98,9 @@ def test_every_param_group_counts():
 def test_each_projection_follows_its_own_weight():
     first, second = weight_of(), weight_of()
     schedule = schedule_of(first, second)
-    before = values(schedule.keys([first, second]))
+    before = values(schedule([first, second]))
     torch.optim.SGD([second], lr=0.1).step()
-    after = values(schedule.keys([first, second]))
+    after = values(schedule([first, second]))
     assert after[0] == before[0]
     assert after[1] != before[1]
 
@@ -106,18 +108,18 @@ def test_each_projection_follows_its_own_weight():
 def test_new_keys_are_new_tensors_and_old_ones_keep_their_values():
     weight = weight_of()
     schedule, optimizer = schedule_of(weight), torch.optim.SGD([weight], lr=0.1)
-    old = schedule.keys([weight])
+    old = schedule([weight])
     expected = values(old)
     optimizer.step()
-    new = schedule.keys([weight])
+    new = schedule([weight])
     assert values(old) == expected
     assert values(new) != expected
-    assert new.sources[0].data_ptr() != old.sources[0].data_ptr()
+    assert new[0].data_ptr() != old[0].data_ptr()
 
 
 def test_keys_of_several_projections_share_no_storage():
     weights = [weight_of(), weight_of(), weight_of()]
-    keys = schedule_of(*weights).keys(weights).sources
+    keys = schedule_of(*weights)(weights)
     assert len({key.untyped_storage().data_ptr() for key in keys}) == 3
     assert all(key.storage_offset() == 0 for key in keys)
 
@@ -125,36 +127,36 @@ def test_keys_of_several_projections_share_no_storage():
 def test_accumulation_within_one_step_sees_one_generation():
     weight = weight_of()
     schedule, optimizer = schedule_of(weight, interval=2), torch.optim.SGD([weight], lr=0.1)
-    first = schedule.keys([weight])
+    first = schedule([weight])
     optimizer.step()
     for _ in range(5):
         (weight * 2).sum().backward()
-        assert schedule.keys([weight]) is first
+        assert schedule([weight]) is first
     optimizer.step()
-    assert values(schedule.keys([weight])) != values(first)
+    assert values(schedule([weight])) != values(first)
 
 
 def test_a_step_that_the_scaler_skips_does_not_count():
     weight = weight_of()
     schedule, optimizer = schedule_of(weight), torch.optim.SGD([weight], lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    before = schedule.keys([weight])
+    before = schedule([weight])
 
     weight.grad = torch.full_like(weight, float("inf"))
     scaler.scale(torch.zeros(()))
     scaler.step(optimizer)
     scaler.update()
-    assert schedule.keys([weight]) is before
+    assert schedule([weight]) is before
 
     weight.grad = torch.ones_like(weight)
     scaler.step(optimizer)
     scaler.update()
-    assert values(schedule.keys([weight])) != values(before)
+    assert values(schedule([weight])) != values(before)
 
 
 def test_keys_depend_on_the_seed():
     weight = weight_of()
-    first, second = (values(schedule_of(weight, seed=seed).keys([weight])) for seed in (0, 1))
+    first, second = (values(schedule_of(weight, seed=seed)([weight])) for seed in (0, 1))
     assert first != second
 
 
@@ -163,24 +165,24 @@ def test_two_graphs_of_one_weight_change_together():
     first = schedule_of(weight)
     torch.optim.SGD([weight], lr=0.1).step()
     second = schedule_of(weight)
-    assert values(first.keys([weight])) == values(second.keys([weight]))
+    assert values(first([weight])) == values(second([weight]))
 
 
 def test_a_weight_that_took_another_ones_place_counts_its_steps():
     """Blocks of one class share a compiled graph, and a parameter may be replaced."""
     planned, given = weight_of(), weight_of()
     schedule = schedule_of(planned)
-    before = values(schedule.keys([given]))
+    before = values(schedule([given]))
     torch.optim.SGD([given], lr=0.1).step()
-    assert values(schedule.keys([given])) != before
+    assert values(schedule([given])) != before
 
 
 def test_weights_are_not_kept_alive():
     weight = weight_of()
     schedule = schedule_of(weight)
-    schedule.keys([weight])
+    schedule([weight])
     torch.optim.SGD([weight], lr=0.1).step()
-    schedule.keys([weight])
+    schedule([weight])
     alive = weakref.ref(weight)
     del weight
     gc.collect()
@@ -191,33 +193,32 @@ def test_each_set_of_weights_has_its_own_keys():
     """Equal blocks share a compiled graph: the step of one must not change the other's keys."""
     first, second = weight_of(), weight_of()
     schedule = schedule_of(first)
-    before = schedule.keys([first]), schedule.keys([second])
+    before = schedule([first]), schedule([second])
     torch.optim.SGD([first], lr=0.1).step()
-    assert values(schedule.keys([first])) != values(before[0])
-    assert schedule.keys([second]) is before[1]
+    assert values(schedule([first])) != values(before[0])
+    assert schedule([second]) is before[1]
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoints_draw_once_a_generation(monkeypatch, use_reentrant):
     """A reentrant one is compiled in its backward pass, and runs there only."""
-    drawn = []
-    original = projections.countsketch_table
+    calls = []
+    original = drawn.countsketch_table
 
     def counted(*arguments):
-        drawn.append(arguments)
+        calls.append(arguments)
         return original(*arguments)
 
-    monkeypatch.setattr(projections, "countsketch_table", counted)
-    projections._sources.clear()  # equal layers of other tests have equal tables
+    monkeypatch.setattr(drawn, "countsketch_table", counted)
     layer = torch.nn.Linear(64, 64)
     backend = compact_backend(rank=0.25, inner="aot_eager", update_interval=3, strict=True)
     compiled = torch.compile(layer, backend=backend)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     steps = []
     for _ in range(6):
-        drawn.clear()
+        calls.clear()
         x = torch.randn(32, 64, requires_grad=True)
         checkpoint(compiled, x, use_reentrant=use_reentrant).sum().backward()
         optimizer.step()
-        steps.append(len(drawn))
+        steps.append(len(calls))
     assert steps[1:] == [0, 0, 1, 0, 0]

@@ -2,14 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from compact_fx.memory import Moment
-from compact_fx.plan import SAVED_KINDS, Plan
-from compact_fx.report import bytes_of_kind
-
-if TYPE_CHECKING:
-    from compact_fx.explanation import Breakdown
+from compact_fx.plan import SAVED_KINDS, Plan, bytes_of_kind
+from compact_fx.reading.memory import Breakdown, Moment
 
 COLORS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")
 
@@ -79,8 +75,8 @@ def _bars(
 def crossing(plans: Sequence[Plan], path: str | Path) -> Path:
     """What all graphs keep for backward, before and after, per kind of tensor."""
     rows = {
-        "torch.compile": [saved for plan in plans for saved in plan.saved_before],
-        "compact": [saved for plan in plans for saved in plan.saved_after],
+        "torch.compile": [saved for plan in plans for saved in plan.account.saved_before],
+        "compact": [saved for plan in plans for saved in plan.account.saved_after],
     }
     kinds = [k for k in SAVED_KINDS if any(bytes_of_kind(saved, k) for saved in rows.values())]
     parts = {
@@ -90,7 +86,7 @@ def crossing(plans: Sequence[Plan], path: str | Path) -> Path:
     return _bars(parts, "kept for the backward pass", path)
 
 
-def breakdown(memory: "Mapping[str, Breakdown]", path: str | Path) -> Path:
+def breakdown(memory: Mapping[str, Breakdown], path: str | Path) -> Path:
     """Weights, gradients, optimizer states and saved activations of each variant."""
     names = ("weights", "gradients", "optimizer", "saved")
     labels = ("weights", "gradients", "optimizer states", "saved activations")

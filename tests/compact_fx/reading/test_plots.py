@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from compact_fx import explain
-from compact_fx.memory import Moment
-from compact_fx.plots import from_snapshot, timeline
+from compact_fx.reading.memory import Moment
+from compact_fx.reading.plots import from_snapshot, timeline
 
 matplotlib = pytest.importorskip("matplotlib")
 pytest.importorskip("matplotlib.pyplot")

@@ -14,43 +14,26 @@ from tabulate import tabulate
 from torch import Tensor, fx, nn
 
 from compact_fx import _torch
-from compact_fx.backend import GraphCompiler
+from compact_fx.compiler import GraphCompiler
 from compact_fx.config import CompactConfig, config_from
-from compact_fx.graphs import CompactedGraphs, named
-from compact_fx.memory import GraphMemory, LiveMemory, Moment, graph_memory, step_timeline
 from compact_fx.passes.choose_sites import choose_sites
 from compact_fx.passes.joint_graph import JointGraph
-from compact_fx.report import CompactionReport
+from compact_fx.reading.graphs import CompactedGraphs, named
+from compact_fx.reading.memory import (
+    Breakdown,
+    GraphMemory,
+    LiveMemory,
+    Moment,
+    graph_memory,
+    step_timeline,
+)
+from compact_fx.reading.report import CompactionReport
 
 STATES = {"adamw": 2, "adam": 2, "sgd": 0, "momentum": 1}
 """How many tensors of a gradient's size an optimizer keeps."""
 
 COMPILED, DENSE, SKETCHED = "torch.compile", "compact, dense", "compact, sketched"
 VARIANTS = ("eager", COMPILED, DENSE, SKETCHED)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Breakdown:
-    """The memory of one way to train, in bytes.
-
-    Attributes:
-        weights: parameters and buffers.
-        gradients: of all parameters, as they are when backward is over.
-        optimizer: its states.
-        saved: what the forward keeps for the backward.
-        other: what the peak has beyond weights, states and the larger of saved and gradients:
-            inputs, and what operators are working on.
-        peak: the most that is alive at one time.
-        timeline: live bytes over one step, weights and states included.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    saved: int
-    other: int
-    peak: int
-    timeline: tuple[Moment, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,13 +88,13 @@ class Explanation:
 
     def plot(self, path: str | Path) -> Path:
         """Stacked bars of each variant's memory; needs matplotlib."""
-        from compact_fx.plots import breakdown  # matplotlib is an extra
+        from compact_fx.reading.plots import breakdown  # matplotlib is an extra
 
         return breakdown(self.memory, path)
 
     def timeline(self, path: str | Path) -> Path:
         """Live memory over forward and backward, one line for each variant; needs matplotlib."""
-        from compact_fx.plots import timeline
+        from compact_fx.reading.plots import timeline
 
         return timeline({name: row.timeline for name, row in self.memory.items()}, path)
 
@@ -274,11 +257,11 @@ class _Analyser:
         factors = projections = 0
         for found in self.found:
             plan = found.graphs["sketched"].plan
-            for proxy in plan.proxies:
-                weight = found.inputs[proxy.index]
-                sizes[id(weight)] = math.prod(proxy.shape) * weight.element_size()
+            for role in plan.factor_inputs:
+                weight = found.inputs[role.index]
+                sizes[id(weight)] = math.prod(role.shape) * weight.element_size()
                 factors += sizes[id(weight)]
-                p = plan.projections[proxy.projection]
+                p = plan.projections[role.projection]
                 projections = max(projections, p.in_features * p.rank * p.dtype.itemsize)
         return sum(sizes.values()), factors + projections
 

@@ -12,11 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import compact_fx.schedule
 from compact_fx import CompactAdamW, SketchedGrad, compact_backend, compact_optimizer
-from compact_fx.projections import Projection
-from compact_fx.schedule import steps_of
-from compact_fx.sketched_grad import Basis, ConsumedGrad
+from compact_fx.projections import Basis, Projection
+from compact_fx.training.gradients import ConsumedGrad
+from compact_fx.training.weights import steps_of
 
 SIZES = ((64, 96), (96, 32), (32, 8))
 
@@ -353,7 +352,7 @@ def test_resume_in_the_middle_of_an_interval_is_bit_equal():
     resumed.load_state_dict(saved["model"])
     optimizer = CompactAdamW(resumed.parameters(), lr=1e-2, scale=0.5)
     optimizer.load_state_dict(saved["optimizer"])
-    assert compact_fx.schedule.steps_of(resumed[0].weight) == 7
+    assert steps_of(resumed[0].weight) == 7
     assert train(resumed, backend(**settings), optimizer, 6, clip=1.0, first=7) == expected
 
 
@@ -376,7 +375,7 @@ def test_distributed_checkpoint_round_trip(tmp_path):
     for mine, theirs in weights:
         for name, value in optimizer.state[mine].items():
             assert torch.equal(value, other.state[theirs][name])
-    assert compact_fx.schedule.steps_of(other_model[0].weight) == 3
+    assert steps_of(other_model[0].weight) == 3
 
 
 @pytest.mark.parametrize("draw", [1, 2])
@@ -555,10 +554,10 @@ def test_a_batch_of_experts_is_stepped_matrix_by_matrix(refresh, last):
     projection = Projection(salt=1, in_features=16, rank=4, kind="gaussian", dtype=torch.float32)
     for step in range(5):
         factor = torch.randn((3, 6, 4) if last else (3, 4, 6))
-        basis = Basis(projection=projection, key=step // 3, in_dim=1 + last)
+        basis = Basis(projection=projection, seed=0, generation=step // 3, dim=1 + last)
         together.grad = SketchedGrad(factor.clone(), basis)
         for weight, own in zip(alone, factor, strict=True):
-            weight.grad = SketchedGrad(own.clone(), replace(basis, in_dim=int(last)))
+            weight.grad = SketchedGrad(own.clone(), replace(basis, dim=int(last)))
         for optimizer in optimizers:
             optimizer.step()
     for weight, own in zip(together, alone, strict=True):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
 from compact_fx import CannotCompact, CompactAdamW, compact_backend, explain
-from compact_fx.explanation import COMPILED, DENSE, SKETCHED, VARIANTS
+from compact_fx.reading.explanation import COMPILED, DENSE, SKETCHED, VARIANTS
 
 
 class Attention(nn.Module):
@@ -98,7 +98,7 @@ def block(saved, number):
 def test_table_6_cell_by_cell(table_6):
     """Norm inputs, q, k, v, attention output, gate, up and SiLU stay; matmul inputs shrink."""
     (plan,) = table_6.report.plans
-    before, after = block(plan.saved_before, 1), block(plan.saved_after, 1)
+    before, after = block(plan.account.saved_before, 1), block(plan.account.saved_after, 1)
     assert len(before) == len(after) == len(TABLE_6)
     for cell, old, new in zip(TABLE_6, before, after, strict=True):
         name, op, floats_before, floats_after = cell
@@ -115,7 +115,9 @@ def test_table_6_adds_up(table_6):
     assert sum(old for old, _ in mine.values()) == 8 * N + 4 * M
     assert sum(new for _, new in mine.values()) == 6 * N + 2 * R + 3 * M + R_OF_M
     (plan,) = table_6.report.plans
-    assert plan.bytes_before - plan.bytes_after == LAYERS * 4 * B * L * (2 * (N - R) + (M - R_OF_M))
+    assert plan.account.bytes_before - plan.account.bytes_after == LAYERS * 4 * B * L * (
+        2 * (N - R) + (M - R_OF_M)
+    )
 
 
 def test_compiled_keeps_less_of_the_block():
@@ -131,9 +133,9 @@ def test_compiled_keeps_less_of_the_block():
             )
         )
         found = explain(model, inputs_embeds=torch.zeros(B, L, N), use_cache=False, rank=0.25)
-    operators = {saved.op for saved in found.report.plans[0].saved_after}
+    operators = {saved.op for saved in found.report.plans[0].account.saved_after}
     assert "silu.default" not in operators
-    assert "sketch" not in {saved.kind for saved in found.report.plans[0].saved_after}
+    assert "sketch" not in {saved.kind for saved in found.report.plans[0].account.saved_after}
 
 
 # --- against real runs ---------------------------------------------------------------------------
@@ -177,8 +179,8 @@ def test_plan_is_the_backends(settings):
     torch.compile(model, backend=backend)(x)
     assert list(found.report.plans) == backend.plans
     way = SKETCHED if settings.get("gradients") == "sketched" else DENSE
-    assert found.memory[way].saved == backend.plans[0].bytes_after
-    assert found.memory[COMPILED].saved == backend.plans[0].bytes_before
+    assert found.memory[way].saved == backend.plans[0].account.bytes_after
+    assert found.memory[COMPILED].saved == backend.plans[0].account.bytes_before
 
 
 def test_meta_and_real_models_say_the_same():
@@ -320,7 +322,7 @@ def test_graph_breaks():
     found = explain(Attention(graph_break=True), batch())
     assert len(found.report.plans) == len(found.graphs) == 2
     assert sum(found.report.graph_breaks.values()) == 1
-    assert found.memory[DENSE].saved == sum(plan.bytes_after for plan in found.report.plans)
+    assert found.memory[DENSE].saved == sum(plan.account.bytes_after for plan in found.report.plans)
     assert explain(Attention(), batch()).report.graph_breaks == {}
 
 
@@ -370,7 +372,7 @@ def test_a_graph_that_cannot_be_compacted(monkeypatch):
     def fail(*_):
         raise RuntimeError("boom")
 
-    monkeypatch.setattr("compact_fx.explanation.choose_sites", fail)
+    monkeypatch.setattr("compact_fx.reading.explanation.choose_sites", fail)
     with pytest.raises(CannotCompact, match="boom"):
         explain(Attention(), batch())
 

@@ -11,7 +11,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from compact_fx import _torch
 from compact_fx.passes.joint_graph import JointGraph
-from compact_fx.passes.partition import Partition, bytes_of, is_tensor, storage_of
+from compact_fx.passes.nodes import bytes_of, is_tensor, storage_of
+from compact_fx.passes.partition import Partition
 
 Phase = Literal["forward", "backward", "optimizer"]
 
@@ -28,6 +29,30 @@ class Moment:
     phase: Phase
     operator: str
     bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Breakdown:
+    """The memory of one way to train, in bytes.
+
+    Attributes:
+        weights: parameters and buffers.
+        gradients: of all parameters, as they are when backward is over.
+        optimizer: its states.
+        saved: what the forward keeps for the backward.
+        other: what the peak has beyond weights, states and the larger of saved and gradients:
+            inputs, and what operators are working on.
+        peak: the most that is alive at one time.
+        timeline: live bytes over one step, weights and states included.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    saved: int
+    other: int
+    peak: int
+    timeline: tuple[Moment, ...]
 
 
 @dataclass(frozen=True)

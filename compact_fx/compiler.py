@@ -1,0 +1,212 @@
+"""Compile one graph: capture it, plan, compile what was planned."""
+
+import contextlib
+import functools
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx
+
+import compact_fx
+from compact_fx import _torch, passes
+from compact_fx.config import CompactConfig
+from compact_fx.errors import CannotCompact, SiteFailed
+from compact_fx.passes.apply_plan import apply_plan, expand
+from compact_fx.passes.choose_sites import choose_sites
+from compact_fx.passes.joint_graph import JointGraph, capture
+from compact_fx.plan import Plan
+from compact_fx.training.inputs import GraphInputs
+from compact_fx.training.watch import Watch
+from compact_fx.training.weights import known_record
+
+T = TypeVar("T")
+Observer = Callable[[JointGraph, Plan], None]
+"""Called once with the joint graph and the plan, while the graph is there."""
+
+
+class _Visited(BaseException):
+    """Ends a compilation at the partitioner; no `except Exception` may eat it."""
+
+
+class GraphCompiler:
+    """Compiles one graph of Dynamo's, in two phases: plan, then compile what was planned.
+
+    Dynamo's own graph is never changed: every phase gets a copy.
+    """
+
+    def __init__(
+        self,
+        config: CompactConfig,
+        options: Mapping[str, Any],
+        module: fx.GraphModule,
+        example_inputs: Sequence[Any],
+    ) -> None:
+        self._config = config
+        self._options = options
+        self._module = module
+        self._example_inputs = list(example_inputs)
+        placeholders = module.graph.find_nodes(op="placeholder")
+        self._weights = {
+            index: _torch.qualified_name(node)
+            for index, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True))
+            if isinstance(value, torch.nn.Parameter)
+        }
+        self._buffers = frozenset(
+            i for i, node in enumerate(placeholders) if _torch.is_buffer(node)
+        )
+
+    def trains(self) -> bool:
+        """Whether a backward pass may be asked of this graph.
+
+        Raises:
+            CannotCompact: its weights are out of reach.
+        """
+        if not torch.is_grad_enabled():
+            return False
+        if any(weight.requires_grad for weight in self._module.parameters()):
+            raise CannotCompact(
+                "its parameters are attributes and not inputs, as Dynamo's splitting of graphs for "
+                "DistributedDataParallel makes them; switch off Dynamo's optimize_ddp"
+            )
+        return any(self._example_inputs[index].requires_grad for index in self._weights)
+
+    def visit(self, visitor: Callable[[JointGraph], T], *, like_eager: bool = False) -> T | None:
+        """What the visitor makes of the joint graph; None for a graph without a backward pass.
+
+        like_eager: of the operators that eager autograd sees, and cut as it would.
+
+        Raises:
+            CannotCompact: the visitor failed.
+        """
+        results: list[T] = []
+
+        def partition(
+            module: fx.GraphModule, num_fwd_outputs: int, static_inputs: Sequence[int]
+        ) -> tuple[fx.GraphModule, fx.GraphModule]:
+            joint = self._capture(module, num_fwd_outputs, static_inputs)
+            results.append(visitor(replace(joint, like_eager=like_eager)))
+            raise _Visited
+
+        with contextlib.suppress(_Visited), _torch.cold_joint_graph():
+            module = _torch.copy_graph_module(self._module)
+            self._compile(module, self._example_inputs, partition, like_eager=like_eager)
+        return results[0] if results else None
+
+    def plan(self, observe: Observer | None = None) -> Plan | None:
+        """The first phase; nothing is compiled. None without a backward pass.
+
+        A weight that a pass fails for is left alone, and the others are planned again.
+
+        Raises:
+            CannotCompact: a pass failed for the whole graph.
+        """
+        return self._plan({}, observe)
+
+    def compile(
+        self, plan: Plan | None, watch: Watch, observe: Observer | None = None
+    ) -> tuple[Plan | None, Callable[..., Any]]:
+        """The second phase: the graph, compiled as planned, and the plan that it follows."""
+        failed: dict[str, str] = {}
+        while plan is not None and plan.sketched:
+            try:
+                return plan, self._compile_plan(plan, watch)
+            except SiteFailed as error:
+                if error.weight in failed:
+                    raise
+                failed[error.weight] = str(error)
+                plan = self._plan(failed, observe)
+        return plan, self.compile_untouched()
+
+    def compile_untouched(self) -> Callable[..., Any]:
+        """What torch.compile does without this project."""
+        return self._compile(_torch.copy_graph_module(self._module), self._example_inputs)
+
+    # ---------------------------------------------------------------------------------------------
+
+    def _plan(self, failed: dict[str, str], observe: Observer | None) -> Plan | None:
+        def visitor(joint: JointGraph) -> Plan:
+            while True:
+                try:
+                    plan = choose_sites(joint, self._config, failed)
+                    break
+                except SiteFailed as error:
+                    if error.weight in failed:
+                        raise
+                    failed[error.weight] = str(error)
+            if observe is not None:
+                observe(joint, plan)
+            return plan
+
+        return self.visit(visitor)
+
+    def _compile_plan(self, plan: Plan, watch: Watch) -> Callable[..., Any]:
+        inputs = GraphInputs(plan, self._config.seed, self._config.update_interval, watch)
+        module = _torch.copy_graph_module(self._module)
+        extra = inputs(self._example_inputs)
+        for number in range(len(extra)):
+            _torch.append_placeholder(module, f"compact_input_{number}")
+        module.recompile()
+
+        def partition(
+            module: fx.GraphModule, num_fwd_outputs: int, static_inputs: Sequence[int]
+        ) -> tuple[fx.GraphModule, fx.GraphModule]:
+            joint = self._capture(module, num_fwd_outputs, static_inputs)
+            added = dict(enumerate(plan.inputs, len(self._example_inputs)))
+            return expand(apply_plan(replace(joint, added=added), plan))
+
+        example_inputs = [*self._example_inputs, *extra]
+        compiled = self._compile(module, example_inputs, partition, _cache_id(plan))
+
+        def run(*args: Any) -> Any:
+            return compiled(*args, *inputs(args))
+
+        return run
+
+    def _compile(
+        self,
+        module: fx.GraphModule,
+        example_inputs: list[Tensor],
+        partition: _torch.Partitioner | None = None,
+        cache_id: str = "",
+        like_eager: bool = False,
+    ) -> Callable[..., Any]:
+        return _torch.compile_graph(
+            module,
+            example_inputs,
+            inner="aot_eager" if like_eager else self._config.inner,
+            decompose=not like_eager,
+            options=self._options,
+            partition=partition,
+            cache_id=cache_id or _cache_id(None),
+        )
+
+    def _capture(
+        self, module: fx.GraphModule, num_fwd_outputs: int, static_inputs: Sequence[int]
+    ) -> JointGraph:
+        records = {i: known_record(self._example_inputs[i]) for i in self._weights}
+        salts = {
+            index: record.group.root().salt
+            for index, record in records.items()
+            if record is not None and record.group is not None
+        }
+        return capture(module, num_fwd_outputs, static_inputs, self._weights, self._buffers, salts)
+
+
+def _cache_id(plan: Plan | None) -> str:
+    """Everything that decides what the partitioner does; stands for it in the keys of caches."""
+    parts = (_source_hash(), torch.__version__, plan.digest() if plan is not None else "")
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+@functools.cache
+def _source_hash() -> str:
+    """Of all source of this package and its passes: an edited pass must not hit an old entry."""
+    digest = hashlib.sha256()
+    for folder in (compact_fx.__path__[0], passes.__path__[0]):
+        for file in sorted(Path(folder).rglob("*.py")):
+            digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,216 @@
+"""One P at one version: what a factor is expressed in."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compact_fx import _torch
+from compact_fx.projections import countsketch
+from compact_fx.projections.drawn import RANDOM_PROJECTION, Projection, draw, source
+from compact_fx.projections.hashed import fold_in
+
+
+@dataclass(frozen=True, kw_only=True)
+class Basis:
+    """The P that a factor is expressed in: which one, and in which version.
+
+    Two are equal where they make the same P. What a graph or an optimizer makes P of is drawn once
+    for each, and is gone with it.
+
+    Attributes:
+        projection: everything about P but its version.
+        seed: of the run, and
+        generation: how often this P has changed since its beginning.
+        dim: which dimension of the weight P takes from in_features to the rank; one of the last
+            two. All matrices of a batch, as of experts, share P.
+    """
+
+    projection: Projection
+    seed: int
+    generation: int
+    dim: int
+    _sources: dict[torch.device, Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    @functools.cached_property
+    def key(self) -> int:
+        """63-bit number that P is drawn from."""
+        return fold_in(self.seed, self.projection.salt, self.generation)
+
+    def along(self, dim: int) -> "Basis":
+        """The same P for a weight that has in_features in another dimension."""
+        if dim == self.dim:
+            return self
+        other = replace(self, dim=dim)
+        object.__setattr__(other, "_sources", self._sources)
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Basis":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _basis, (self.projection, self.seed, self.generation, self.dim)
+
+    # --- P and what it is made of ----------------------------------------------------------------
+
+    def source(self, device: torch.device) -> Tensor:
+        """What a graph gets to make P of: the key, 0-d int64, or the table of a countsketch."""
+        given = self._sources.get(device)
+        if given is None:
+            p = self.projection
+            with torch.inference_mode(False):  # a graph keeps it for its backward pass
+                key = torch.full((), self.key, dtype=torch.int64, device=device)
+                if device.type == "cuda" and p.kind == "countsketch" and type(key) is Tensor:
+                    given = _compiled_table(device, p.in_features, p.rank)(key)
+                else:
+                    given = source(key, p.in_features, p.rank, p.kind)
+            if type(given) is Tensor:  # not a fake one
+                self._sources[device] = given
+        return given
+
+    def matrix(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """P (in_features, rank), rounded as the compiled graph rounds it, then in this dtype."""
+        p, given = self.projection, self.source(device)
+        if device.type != "cuda":
+            drawn = RANDOM_PROJECTION(given, p.in_features, p.rank, p.kind, p.dtype)
+        else:
+            drawn = _compiled_draw(device, p.in_features, p.rank, p.kind, p.dtype)(given)
+        result: Tensor = drawn.to(dtype)
+        return result
+
+    @property
+    def _is_gathered(self) -> bool:
+        p = self.projection
+        return countsketch.is_gathered(p.kind, p.in_features, p.rank)
+
+    def _table(self, device: torch.device) -> tuple[Tensor, int, int]:
+        return self.source(device), self.projection.in_features, self.projection.rank
+
+    # --- products with P -------------------------------------------------------------------------
+
+    def is_last(self, tensor: Tensor) -> bool:
+        """Whether in_features are the last dimension of a weight or factor."""
+        return self.dim == tensor.dim() - 1
+
+    def shape_of(self, factor: Tensor) -> tuple[int, ...]:
+        """The dense shape."""
+        shape = [*factor.shape]
+        shape[self.dim] = self.projection.in_features
+        return tuple(shape)
+
+    def expand(self, factor: Tensor) -> Tensor:
+        """The dense matrix of a factor: factor Pᵀ, or P factor where in_features come first."""
+        if self._is_gathered:
+            return countsketch.expand(factor, *self._table(factor.device), self.dim)
+        p = self.matrix(factor.device, factor.dtype)
+        with torch.autocast(factor.device.type, enabled=False):
+            return factor @ p.T if self.is_last(factor) else p @ factor
+
+    def compress(self, dense: Tensor) -> Tensor:
+        """The factor of a gradient: dense P, or Pᵀ dense."""
+        if self._is_gathered:
+            return countsketch.compress(dense, *self._table(dense.device), self.dim)
+        p = self.matrix(dense.device, dense.dtype)
+        with torch.autocast(dense.device.type, enabled=False):
+            return dense @ p if self.is_last(dense) else p.T @ dense
+
+    def fit(self, dense: Tensor) -> Tensor:
+        """The factor whose dense matrix is nearest to this one; of `expand(factor)`, the factor."""
+        wide = torch.promote_types(dense.dtype, torch.float32)
+        if self._is_gathered:
+            counts = countsketch.column_counts(*self._table(dense.device), wide)
+            counts = counts if self.is_last(dense) else counts[:, None]
+            return (self.compress(dense.to(wide)) / counts).to(dense.dtype)
+        p = self.matrix(dense.device, wide)
+        rows = dense.to(wide)
+        rows = rows.mT if self.is_last(dense) else rows
+        with torch.autocast(dense.device.type, enabled=False):
+            fitted = torch.linalg.lstsq(p.expand(*rows.shape[:-2], *p.shape), rows).solution
+        return (fitted.mT if self.is_last(dense) else fitted).to(dense.dtype)
+
+    def norm(self, factor: Tensor) -> Tensor:
+        """‖factor Pᵀ‖ without building it: √tr(F PᵀP Fᵀ), in the factor's dtype."""
+        device = factor.device
+        if self._is_gathered:
+            counts = countsketch.column_counts(*self._table(device), factor.dtype)
+            weights = counts if self.is_last(factor) else counts[:, None]
+            return (factor.square() * weights).sum().clamp(min=0).sqrt()
+        p = self.matrix(device, factor.dtype)
+        rows = factor if self.is_last(factor) else factor.mT
+        with torch.autocast(device.type, enabled=False):
+            return ((rows @ (p.T @ p)) * rows).sum().clamp(min=0).sqrt()
+
+    def update_(self, weight: Tensor, factor: Tensor, *, keep: float, scale: float) -> None:
+        """weight ← keep · weight + scale · factor Pᵀ, in place and in one pass over the weight."""
+        p = self.projection
+        if self._is_gathered and weight.device.type == "cuda":
+            update = _compiled_update(
+                weight.device, p.in_features, p.rank, self.dim, weight.shape, weight.dtype
+            )
+            numbers = torch.tensor([keep, scale], dtype=torch.float64).unbind()
+            update(weight, factor, self.source(weight.device), *numbers)
+            return
+        if self._is_gathered:
+            weight.mul_(keep).add_(self.expand(factor), alpha=scale)
+            return
+        drawn = self.matrix(weight.device, weight.dtype)
+        left, right = (factor, drawn.T) if self.is_last(weight) else (drawn, factor)
+        if weight.dim() == 2:
+            weight.addmm_(left, right, beta=keep, alpha=scale)
+        else:  # a batch of experts
+            left, right = (part.expand(len(weight), -1, -1) for part in (left, right))
+            weight.baddbmm_(left, right, beta=keep, alpha=scale)
+
+    def change_to(self, other: "Basis", factor: Tensor) -> Tensor:
+        """What a factor in this basis is in another one: F P₁ᵀP₂, in float32."""
+        wide = factor.to(torch.promote_types(factor.dtype, torch.float32))
+        if self._is_gathered and other._is_gathered:
+            return other.compress(self.expand(wide))
+        mine, others = (b.matrix(wide.device, wide.dtype) for b in (self, other))
+        with torch.autocast(wide.device.type, enabled=False):
+            change = mine.T @ others
+            return wide @ change if self.is_last(wide) else change.T @ wide
+
+
+def _basis(projection: Projection, seed: int, generation: int, dim: int) -> Basis:
+    return Basis(projection=projection, seed=seed, generation=generation, dim=dim)
+
+
+# --- on a GPU these are one fused kernel each; operator by operator they would be forty -----------
+
+
+@functools.cache
+def _compiled_draw(
+    device: torch.device, n: int, rank: int, kind: str, dtype: torch.dtype
+) -> Callable[..., Tensor]:
+    function = functools.partial(draw, n=n, rank=rank, kind=kind, dtype=dtype)
+    example = source(torch.zeros((), dtype=torch.int64, device=device), n, rank, kind)
+    return _torch.compile_function(function, example)
+
+
+@functools.cache
+def _compiled_table(device: torch.device, n: int, rank: int) -> Callable[..., Tensor]:
+    function = functools.partial(countsketch.countsketch_table, n=n, rank=rank)
+    return _torch.compile_function(function, torch.zeros((), dtype=torch.int64, device=device))
+
+
+@functools.cache
+def _compiled_update(
+    device: torch.device, n: int, rank: int, dim: int, shape: torch.Size, dtype: torch.dtype
+) -> Callable[..., Tensor]:
+    def update(
+        weight: Tensor, factor: Tensor, table: Tensor, keep: Tensor, scale: Tensor
+    ) -> Tensor:
+        expanded = countsketch.expand(factor, table, n, rank, dim)
+        return weight.copy_(weight * keep + expanded * scale)
+
+    weight = torch.empty(shape, dtype=dtype, device=device)
+    factor = torch.empty([rank if i == dim else size for i, size in enumerate(shape)]).to(weight)
+    table = torch.zeros(countsketch.table_length(n, rank), dtype=torch.int32, device=device)
+    keep, scale = torch.ones(2, dtype=torch.float64).unbind()  # one tensor would be one input
+    return _torch.compile_function(update, weight, factor, table, keep, scale)

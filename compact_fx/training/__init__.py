@@ -1,0 +1,1 @@
+"""What happens on every step: inputs of graphs, gradients, optimizers."""

@@ -1,0 +1,83 @@
+"""How a factor reaches `weight.grad`: a leaf receives it, a hook moves it on."""
+
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from compact_fx.projections import Basis
+from compact_fx.training.gradients import ConsumedGrad, SketchedGrad
+from compact_fx.training.weights import known_record
+
+
+def refuse_distributed() -> None:
+    """Raise where other processes would exchange dense gradients that are not there."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise ValueError(
+            'gradients="sketched" does not work with torch.distributed yet, which exchanges dense '
+            'gradients: use gradients="dense"'
+        )
+
+
+def is_own_hook(hook: object) -> bool:
+    """Whether a hook is one of this package's own optimizers."""
+    return getattr(hook, "is_compact", False)
+
+
+def refuse_hooks(weights: Iterable[Tensor]) -> None:
+    """Raise, before anything runs, where a hook would be called without its gradient."""
+    for weight in weights:
+        own = weight._post_accumulate_grad_hooks
+        if weight._backward_hooks or (own and not all(map(is_own_hook, own.values()))):
+            raise RuntimeError(
+                f"a hook of the weight of shape {tuple(weight.shape)} would not see its sketched "
+                'gradient: exclude the weight, or use gradients="dense"'
+            )
+
+
+def leaf_of(weight: Tensor, shape: tuple[int, ...], basis: Basis) -> Tensor:
+    """A leaf of the factor's shape, without memory of its own, that delivers in this basis.
+
+    A changed projection gets another leaf: a backward pass that comes late still delivers its
+    gradient in the basis of its forward.
+    """
+    leaf = torch.zeros(1, dtype=weight.dtype, device=weight.device).expand(shape)
+    leaf.requires_grad_()
+    reference = weakref.ref(weight)
+    leaf.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+        lambda leaf: _deliver(leaf, reference(), basis)
+    )
+    return leaf
+
+
+def _deliver(leaf: Tensor, weight: Tensor | None, basis: Basis) -> None:
+    factor, leaf.grad = leaf.grad, None
+    if weight is None or factor is None:
+        return
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "create_graph=True with sketched gradients: what depends on the gradient of the weight "
+            f"shape {tuple(weight.shape)} would drop out of the loss. Exclude the weight, or use "
+            'gradients="dense"'
+        )
+    record = known_record(weight)
+    assert record is not None
+    recomputed, record.recomputed = record.recomputed, None
+    if recomputed is not None and recomputed != basis:
+        raise RuntimeError(
+            f"the projection of the weight of shape {tuple(weight.shape)} has changed between a "
+            "checkpointed forward pass and its backward pass, and another forward pass came in "
+            "between: call backward before optimizer.step()"
+        )
+    refuse_hooks([weight])
+    gradient = SketchedGrad(factor, basis)
+    if weight.grad is None:
+        weight.grad = gradient
+    elif isinstance(weight.grad, SketchedGrad | ConsumedGrad):
+        weight.grad += gradient
+    else:  # from a graph without sketches
+        gradient += weight.grad
+        weight.grad = gradient
+    if record.listener is not None:
+        record.listener(weight)

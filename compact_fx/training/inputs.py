@@ -1,0 +1,170 @@
+"""What a call hands to a compiled graph beyond its own arguments."""
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compact_fx import _torch
+from compact_fx.plan import Plan
+from compact_fx.projections import Basis
+from compact_fx.training.delivery import leaf_of, refuse_distributed, refuse_hooks
+from compact_fx.training.watch import Watch
+from compact_fx.training.weights import Group, WeightRecord, changes, record_of
+
+
+class GraphInputs:
+    """The inputs of one compiled graph that its plan adds, for each call.
+
+    New tensors, never new values in old ones: a backward pass that is still to come keeps what its
+    own forward pass got. Equal blocks share a graph, so each set of weights has its own.
+    """
+
+    def __init__(self, plan: Plan, seed: int, update_interval: int, watch: Watch) -> None:
+        self._plan = plan
+        self._seed = seed
+        self._update_interval = update_interval
+        self._watch = watch
+        self._factors = plan.factor_inputs
+        self._indices = tuple(dict.fromkeys(i for p in plan.projection_inputs for i in p.owners))
+        self._last: dict[tuple[int, ...], _Entry] = {}  # by ids of weights
+
+    def __call__(self, arguments: Sequence[Any]) -> list[Tensor]:
+        """A source for each projection and a leaf for each factor, in the plan's order."""
+        weights = [arguments[index] for index in self._indices]
+        ids = tuple(map(id, weights))
+        entry = self._last.get(ids)
+        if entry is not None and not entry.is_of(weights):
+            entry = None
+        recomputes = _torch.in_backward()
+        # In a backward pass a checkpoint recomputes: it needs what its forward got.
+        if entry is None or (entry.changes != changes() and not recomputes):
+            entry = self._entry(weights, arguments, entry)
+            if not recomputes:  # a reentrant checkpoint has no other forward
+                self._last[ids] = entry
+        if self._factors:
+            refuse_distributed()
+            refuse_hooks(arguments[role.index] for role in self._factors)
+        for record in entry.records:
+            record.in_graph = True
+        if recomputes:
+            for role, basis in zip(self._factors, entry.factor_bases, strict=True):
+                record_of(arguments[role.index]).recomputed = basis
+        elif not entry.is_stepped:
+            self._look_for_steps(entry, weights[0])
+        return entry.inputs
+
+    def _entry(
+        self, weights: Sequence[Tensor], arguments: Sequence[Any], old: "_Entry | None"
+    ) -> "_Entry":
+        now = changes()
+        if old is not None and self._versions(old.groups) == old.versions:
+            old.changes = now
+            return old
+        if old is None:  # a new set of weights: forget those that are gone
+            self._last = {k: e for k, e in self._last.items() if e.is_alive()}
+        records = dict(zip(self._indices, map(record_of, weights), strict=True))
+        owners = [[records[i] for i in p.owners] for p in self._plan.projection_inputs]
+        groups = [self._group(number, own) for number, own in enumerate(owners)]
+        versions = self._versions(groups)
+        bases = [
+            self._basis(number, version, own)
+            for number, (version, own) in enumerate(zip(versions, owners, strict=True))
+        ]
+        factor_bases = [bases[role.projection].along(role.dim) for role in self._factors]
+        for record in records.values():
+            record.watch, record.is_factor = self._watch, False
+        for role, basis in zip(self._factors, factor_bases, strict=True):
+            records[role.index].basis, records[role.index].is_factor = basis, True
+        leaves = [
+            leaf_of(arguments[role.index], role.shape, basis)
+            for role, basis in zip(self._factors, factor_bases, strict=True)
+        ]
+        device = weights[0].device
+        entry = _Entry(
+            references=[weakref.ref(weight) for weight in weights],
+            records=list(records.values()),
+            changes=now,
+            groups=groups,
+            versions=versions,
+            factor_bases=factor_bases,
+            inputs=[*(basis.source(device) for basis in bases), *leaves],
+        )
+        if old is not None:
+            entry.take_over(old)
+        return entry
+
+    def _group(self, number: int, owners: Sequence[WeightRecord]) -> Group:
+        """The weights that have a projection in common, here and in other graphs."""
+        known = next((record.group for record in owners if record.group is not None), None)
+        group = known or Group(self._plan.projections[number].salt)
+        for record in owners:
+            record.join(group)
+        return group
+
+    def _versions(self, groups: Sequence[Group]) -> list[tuple[int, int]]:
+        """Salt and generation of each projection."""
+        roots = [group.root() for group in groups]
+        return [(root.salt, root.steps // self._update_interval) for root in roots]
+
+    def _basis(
+        self, number: int, version: tuple[int, int], owners: Sequence[WeightRecord]
+    ) -> Basis:
+        """A projection in this version; the same object that other graphs have."""
+        salt, generation = version
+        projection = self._plan.projections[number].with_salt(salt)
+        basis = Basis(projection=projection, seed=self._seed, generation=generation, dim=1)
+        for record in owners:
+            if record.basis is not None and record.basis.along(1) == basis:
+                return record.basis.along(1)
+        for record in owners:
+            record.basis = basis
+        return basis
+
+    def _look_for_steps(self, entry: "_Entry", weight: Tensor) -> None:
+        """Whether a weight changes although nobody was seen to step it; at calls 1, 2, 4, 8, ..."""
+        entry.calls += 1
+        if entry.calls & (entry.calls - 1):
+            return
+        if any(record.is_stepped for record in entry.records):
+            entry.is_stepped = True
+            return
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return
+        value = weight.detach().sum(dtype=torch.float64).item()
+        if entry.value is not None and value != entry.value:
+            entry.changed += 1
+        entry.value = value
+        if entry.changed > 1:  # once may be a checkpoint that was loaded
+            self._watch.nobody_steps()
+
+
+@dataclass(eq=False)
+class _Entry:
+    """What one set of weights gets, until one of its projections changes."""
+
+    references: "list[weakref.ref[Tensor]]"
+    records: list[WeightRecord]
+    changes: int
+    groups: list[Group]
+    versions: list[tuple[int, int]]
+    factor_bases: list[Basis]
+    inputs: list[Tensor]
+    calls: int = 0
+    is_stepped: bool = False
+    changed: int = 0
+    value: float | None = None
+
+    def is_alive(self) -> bool:
+        return all(reference() is not None for reference in self.references)
+
+    def is_of(self, weights: Sequence[Tensor]) -> bool:
+        return all(r() is w for r, w in zip(self.references, weights, strict=True))
+
+    def take_over(self, old: "_Entry") -> None:
+        """What was seen of the weights so far."""
+        self.calls, self.is_stepped = old.calls, old.is_stepped
+        self.changed, self.value = old.changed, old.value

@@ -1,0 +1,55 @@
+"""What a run would not tell by itself: calls without sketches, and steps that nobody saw."""
+
+import warnings
+from collections import Counter
+
+from compact_fx import _torch
+
+STEPS_UNSEEN = (
+    "no optimizer step of the compiled weights was seen, although their values change: projections "
+    "stay as they are. Where no torch.optim.Optimizer holds the model's own parameters (master "
+    "copies, one flat parameter, updates by hand), call "
+    "compact_fx.count_step(model.parameters()) after each step"
+)
+
+
+class Watch:
+    """Of one backend; its report reads it. Each thing is warned of once.
+
+    Attributes:
+        unsketched: reason → how many calls or optimizer steps went without sketches for it.
+        steps_unseen: whether weights change and no step of them was seen.
+    """
+
+    def __init__(self) -> None:
+        self.unsketched: Counter[str] = Counter()
+        self.steps_unseen = False
+        self._limit_hits = _torch.recompile_limit_hits()
+
+    def expect(self, reason: str) -> None:
+        """A graph is compiled without sketches, and a warning has said so."""
+        self.unsketched[reason] += 0
+
+    def ran_unsketched(self, reason: str) -> None:
+        """A call of a graph that was compiled without sketches."""
+        if reason not in self.unsketched:
+            warnings.warn(f"the model runs without sketches: {reason}", stacklevel=3)
+        self.unsketched[reason] += 1
+
+    def stepped_unsketched(self) -> None:
+        """An optimizer has used gradients that no sketched graph has made."""
+        if _torch.recompile_limit_hits() > self._limit_hits:
+            reason = (
+                "Dynamo has reached its limit of recompilations, and runs eagerly what is not "
+                "compiled yet (dynamic=True makes fewer graphs, torch._dynamo.config."
+                "recompile_limit allows more)"
+            )
+        else:
+            reason = "gradients came from elsewhere: an eager run, or another compilation"
+        self.ran_unsketched(reason)
+
+    def nobody_steps(self) -> None:
+        """The weights change, and no optimizer was seen to step them."""
+        if not self.steps_unseen:
+            warnings.warn(STEPS_UNSEEN, stacklevel=3)
+        self.steps_unseen = True

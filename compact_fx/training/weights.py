@@ -1,0 +1,212 @@
+"""One record for each weight: its steps, its projection, and who wants to hear of its gradient."""
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable, MutableMapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from compact_fx import _torch
+from compact_fx.projections import Basis
+from compact_fx.training.watch import Watch
+
+
+class Group:
+    """Weights that are sketched with one projection, in whatever graph: q, k and v of a block.
+
+    Attributes:
+        salt: of their projection.
+        steps: the most that one of them has seen; says which version the projection has.
+    """
+
+    def __init__(self, salt: int) -> None:
+        self.salt = salt
+        self.steps = 0
+        self._merged_into: Group | None = None
+
+    def root(self) -> "Group":
+        """The group that this one has become."""
+        group = self
+        while group._merged_into is not None:
+            group = group._merged_into
+        return group
+
+    def merge(self, other: "Group") -> None:
+        """Two groups met in one graph: from now on they have one projection everywhere."""
+        first, second = self.root(), other.root()
+        if first is not second:
+            second._merged_into = first
+            first.steps = max(first.steps, second.steps)
+
+
+class WeightRecord:
+    """What is known of one weight from step to step.
+
+    A step of a weight: an optimizer has used a gradient of it that no other optimizer has used
+    before. A wrapper around an optimizer, and a second optimizer, do not count again; a weight
+    without a gradient, or a step that GradScaler skips, does not count at all.
+
+    Attributes:
+        steps: since the weight was first asked for, or as resumed.
+        is_stepped: whether any was seen.
+        group: with which weights it shares a projection; None before its first graph.
+        basis: the last that a graph has used for it.
+        is_factor: whether its gradient is a factor.
+        in_graph: whether a sketched graph has run with it since its last step.
+        recomputed: what a checkpoint has recomputed in, until the gradient arrives.
+        listener: called with the weight when a sketched gradient has arrived.
+        watch: of the backend that compiled its graph.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.is_stepped = False
+        self.group: Group | None = None
+        self.basis: Basis | None = None
+        self.is_factor = False
+        self.in_graph = False
+        self.recomputed: Basis | None = None
+        self.listener: Callable[[Tensor], None] | None = None
+        self.watch: Watch | None = None
+        self._used: tuple[weakref.ref[Tensor], int] | None = None
+        self._user: weakref.ref[Optimizer] | None = None
+
+    def use(self, gradient: Tensor, optimizer: Optimizer) -> None:
+        """An optimizer has made a step with this gradient."""
+        used, user = self._used, self._user
+        is_old = used is not None and used[0]() is gradient and used[1] == gradient._version
+        if is_old and user is not None and user() is not optimizer:
+            return
+        self._used = (weakref.ref(gradient), gradient._version)
+        self._user = weakref.ref(optimizer)
+        if not (self.in_graph or is_old) and self.watch is not None:
+            self.watch.stepped_unsketched()
+        self.count()
+
+    def count(self) -> None:
+        """One step more."""
+        self.in_graph = False
+        self.is_stepped = True
+        self.steps += 1
+        if self.group is not None:
+            group = self.group.root()
+            group.steps = max(group.steps, self.steps)
+
+    def join(self, group: Group) -> None:
+        """Share a projection with these weights."""
+        if self.group is None:
+            self.group = group
+            root = group.root()
+            root.steps = max(root.steps, self.steps)
+        else:
+            group.merge(self.group)
+
+
+_records: MutableMapping[Tensor, WeightRecord] = WeakTensorKeyDictionary()
+_changes = 0
+
+
+def changes() -> int:
+    """How often the steps of any weight have changed; what depends on them stays until then."""
+    return _changes
+
+
+def known_record(weight: Tensor) -> WeightRecord | None:
+    """The weight's record, None if nobody has asked for one."""
+    return _records.get(weight)
+
+
+def record_of(weight: Tensor) -> WeightRecord:
+    """The weight's record; a sharded weight and what FSDP gathers of it have one."""
+    record = _records.get(weight)
+    if record is None:
+        _watch_optimizers()
+        twin = _torch.sharded_parameter_of(weight)
+        record = (_records.get(twin) if twin is not None else None) or WeightRecord()
+        for tensor in (weight, twin):
+            if tensor is not None:
+                _records[tensor] = record
+    return record
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_post_hook(_on_step)
+
+
+def _on_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if getattr(optimizer, "_step_in_backward", False):  # it counts each weight itself
+        return
+    found_inf = getattr(optimizer, "found_inf", None)
+    if found_inf is not None and found_inf.item():  # a fused step that GradScaler skips
+        return
+    use_gradients(optimizer, (w for group in optimizer.param_groups for w in group["params"]))
+
+
+def use_gradients(optimizer: Optimizer, weights: Iterable[Tensor]) -> None:
+    """An optimizer has made a step with the gradients of these weights."""
+    global _changes
+    _changes += 1
+    for weight in weights:
+        if weight.grad is not None and (record := _records.get(weight)) is not None:
+            record.use(weight.grad, optimizer)
+
+
+def count_step(weights: Iterable[Tensor]) -> None:
+    """Say that these weights were stepped, where no torch.optim.Optimizer holds them.
+
+    Projections change every `update_interval` steps of a weight. Steps of optimizers that hold the
+    model's own parameters, or those that FSDP shards, are seen; call this once after each step
+    where something else updates the weights: fp32 master copies, one flat parameter, a loop by
+    hand.
+
+    Args:
+        weights: such as `model.parameters()`.
+    """
+    global _changes
+    _changes += 1
+    for weight in weights:
+        record_of(weight).count()
+
+
+def steps_of(weight: Tensor) -> int:
+    """Steps that this weight has seen since it was first asked for."""
+    return record_of(weight).steps
+
+
+def set_steps(weights: Iterable[Tensor], steps: int) -> None:
+    """Resume a run with dense gradients: the weights have seen this many optimizer steps.
+
+    Which projection a weight has depends on that number. `CompactAdamW` keeps it in its state;
+    other optimizers do not know of it, so say it after loading a checkpoint.
+
+    Args:
+        weights: such as `model.parameters()`.
+        steps: of the optimizer, ≥ 0.
+
+    Raises:
+        ValueError: steps below 0.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"steps={steps!r} must be an int ≥ 0")
+    restore_steps(dict.fromkeys(weights, steps))
+
+
+def restore_steps(steps: dict[Tensor, int]) -> None:
+    """Weights have seen these many steps, whatever was known before."""
+    global _changes
+    _changes += 1
+    records = {record_of(weight): number for weight, number in steps.items()}
+    groups = {record.group.root() for record in records if record.group is not None}
+    for group in groups:
+        group.steps = 0
+    for record, number in records.items():
+        record.steps = number
+        record.in_graph = False
+        if record.group is not None:
+            root = record.group.root()
+            root.steps = max(root.steps, number)

@@ -1,0 +1,164 @@
+"""List the weight gradients that may be sketched: at what rank, with whom, or why not."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from torch import fx
+
+from compact_fx.config import CompactConfig, resolve_rank
+from compact_fx.errors import SiteFailed, failures_of
+from compact_fx.passes.find_weight_grads import Use, WeightGrad, find_weight_grads
+from compact_fx.passes.joint_graph import JointGraph
+from compact_fx.plan import FactorInput, Plan, ProjectionInput, Site
+from compact_fx.projections import Projection, salt_of
+
+Uses = Mapping[tuple[int, int], Use]
+"""By a site's index and use."""
+
+
+def list_sites(
+    joint: JointGraph, config: CompactConfig, failed: Mapping[str, str] | None = None
+) -> tuple[Plan, Uses]:
+    """Every candidate weight, sketched late in a first draft, or left alone and why.
+
+    ::
+
+        q = x Wq; k = x Wk; y = o Wo     # q and k: one sketch of x, one projection
+        sites = (Wq: rank 512, sketch 0, projection 0), (Wk: the same), (Wo: sketch 1, projection 1)
+
+    Args:
+        joint: read only.
+        failed: weight name → reason, of those that a pass has failed for.
+
+    Returns:
+        The draft, and what each of its sites is in the graph.
+
+    Contract: a weight that has a projection from another graph keeps it, and shares a sketch only
+    with weights that have the same.
+    """
+    grads = find_weight_grads(joint)
+    uses = {(grad.index, i): use for grad in grads for i, use in enumerate(grad.uses)}
+    sites = [site for grad in grads for site in _sites_of(grad, config, failed or {})]
+    salts = _salts(sites, uses, joint.salts)
+    sketches: dict[tuple[fx.Node, bool, Projection], int] = {}
+    projections: dict[Projection, int] = {}
+    owners: list[list[int]] = []
+    for position, site in enumerate(sites):
+        if site.placement is None:
+            continue
+        use = uses[site.index, site.use]
+        projection = Projection(
+            salt=salts[site.index],
+            in_features=site.in_features,
+            rank=site.rank,
+            kind=config.projection,
+            dtype=use.activation.meta["val"].dtype,
+        )
+        if projection not in projections:
+            projections[projection] = len(projections)
+            owners.append([])
+        number = projections[projection]
+        if site.index not in owners[number]:
+            owners[number].append(site.index)
+        key = (use.activation, use.features_first, projection)
+        sites[position] = replace(
+            site, sketch=sketches.setdefault(key, len(sketches)), projection=number
+        )
+    factors: list[FactorInput] = []
+    if config.gradients == "sketched":
+        for grad in grads:
+            own = [(i, site) for i, site in enumerate(sites) if site.index == grad.index]
+            if all(site.sketch is None for _, site in own):
+                continue
+            factor = _factor_input(grad, [site for _, site in own], joint)
+            if isinstance(factor, FactorInput):
+                factors.append(factor)
+            else:
+                for i, site in own:
+                    sites[i] = replace(site, reason=site.reason or f"dense gradient: {factor}")
+    drawn = [ProjectionInput(projection=i, owners=tuple(own)) for i, own in enumerate(owners)]
+    plan = Plan(sites=tuple(sites), projections=tuple(projections), inputs=(*drawn, *factors))
+    return plan, uses
+
+
+def _sites_of(grad: WeightGrad, config: CompactConfig, failed: Mapping[str, str]) -> Iterable[Site]:
+    bare = Site(weight=grad.name, index=grad.index)
+    if not grad.uses:
+        yield replace(bare, reason=grad.reason)
+    for i, use in enumerate(grad.uses):
+        try:
+            with failures_of("list_sites", grad.name):
+                site = _site(replace(bare, use=i), use, config)
+        except SiteFailed as error:
+            site = replace(bare, use=i, reason=str(error))
+        yield site.left_alone(failed[grad.name]) if grad.name in failed else site
+    if grad.uses and grad.reason:
+        yield replace(bare, use=len(grad.uses), reason=f"another part: {grad.reason}")
+
+
+def _site(bare: Site, use: Use, config: CompactConfig) -> Site:
+    """The site with its rank, or with the reason why it is left alone."""
+    n, m = use.in_features, use.out_features
+    if not (isinstance(n, int) and isinstance(m, int) and isinstance(use.experts, int)):
+        return replace(bare, reason="its shape is symbolic")
+    bare = replace(bare, in_features=n, out_features=m)
+    rank = config.rank_of(bare.weight)
+    if not any(fnmatchcase(bare.weight, pattern) for pattern in config.include):
+        return replace(bare, reason="not in include")
+    if any(fnmatchcase(bare.weight, pattern) for pattern in config.exclude):
+        return replace(bare, reason="in exclude")
+    if rank is None:
+        return replace(bare, reason="no pattern of rank matches")
+    if n < config.min_features:
+        return replace(bare, reason=f"in_features {n} < min_features {config.min_features}")
+    if (columns := resolve_rank(rank, n)) > n:
+        return replace(bare, reason=f"rank {columns} > in_features {n}")
+    if columns % use.rank_multiple:
+        reason = f"rank {columns} is not a multiple of {use.rank_multiple} in a grouped matmul"
+        return replace(bare, reason=reason)
+    if not use.activation.meta["val"].dtype.is_floating_point:
+        return replace(bare, reason=f"its input is {use.activation.meta['val'].dtype}")
+    return replace(bare, rank=columns, placement="late")
+
+
+def _salts(sites: Iterable[Site], uses: Uses, given: Mapping[int, int]) -> dict[int, int]:
+    """By index: one salt for all weights that are connected by activations they share.
+
+    It comes from the first of their names: a weight that is used twice is sketched with one
+    projection. Those that have a salt from another graph keep it, and those that have none get
+    the first that a weight they are connected with has.
+    """
+    group_of: dict[object, set[tuple[str, int]]] = {}
+    for site in sites:
+        if site.placement is None:
+            continue
+        group = {(site.weight, site.index)}
+        for member in (site.index, uses[site.index, site.use].activation):
+            group |= group_of.get(member, set())
+            group_of[member] = group
+        for _, index in group:
+            group_of[index] = group
+    salts: dict[int, int] = {}
+    for index, group in ((i, g) for i, g in group_of.items() if isinstance(i, int)):
+        members = sorted(group)
+        known = [given[member] for _, member in members if member in given]
+        salts[index] = given.get(index, known[0] if known else salt_of(members[0][0]))
+    return salts
+
+
+def _factor_input(grad: WeightGrad, sites: list[Site], joint: JointGraph) -> FactorInput | str:
+    """The input that receives a weight's factor, or why its gradient cannot stay one."""
+    if grad.reason:
+        return grad.reason
+    if len({site.projection for site in sites}) > 1:
+        return "its uses are not sketched alike"
+    dim, *others = (use.in_dim for use in grad.uses)
+    if dim is None or any(other != dim for other in others):
+        return "it is reshaped before it is used"
+    assert sites[0].projection is not None
+    shape = list(joint.inputs()[grad.index].meta["val"].shape)
+    shape[dim] = sites[0].rank
+    return FactorInput(
+        index=grad.index, projection=sites[0].projection, shape=tuple(shape), dim=dim
+    )

@@ -1,0 +1,154 @@
+"""Nodes of a graph: which operators mean what, and helpers that read and write them.
+
+Operators that passes rewrite are overloads: their arguments are known. Operators that are only read
+about are base names, `mm` for all of `aten.mm`: graphs that are read come from anywhere.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from compact_fx import _torch
+
+aten = torch.ops.aten
+
+
+@torch.library.custom_op("compact_fx::grouped_product", mutates_args=())
+def _grouped_product(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    result = left.new_zeros(offsets.shape[0], left.shape[0], right.shape[1])
+    start = 0
+    for expert, stop in enumerate(offsets.tolist()):
+        torch.mm(left[:, start:stop], right[start:stop], out=result[expert])
+        start = stop
+    return result
+
+
+@_grouped_product.register_fake
+def _(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    return left.new_empty(offsets.shape[0], left.shape[0], right.shape[1])
+
+
+GROUPED_PRODUCT = torch.ops.compact_fx.grouped_product.default
+"""left (m, tokens), right (tokens, n), where each expert's tokens end -> (experts, m, n).
+
+What `aten._grouped_mm` does, which torch.compile accepts for bfloat16 alone.
+"""
+
+MATMULS = {
+    aten.mm.default,
+    aten.bmm.default,
+    aten._grouped_mm.default,  # (left, right, where each expert's tokens end)
+    GROUPED_PRODUCT,
+}
+"""Products over tokens; all but the first give a batch of matrices, one for each expert."""
+
+PERMUTING = {aten.permute.default, aten.transpose.int, aten.t.default}
+RESHAPING = {
+    aten.view.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+}
+COPYING = {
+    aten.clone.default,
+    aten._to_copy.default,
+    torch.ops.prims.convert_element_type.default,
+}
+
+
+def _names(overloads: set[Any]) -> set[str]:
+    return {overload._schema.name.split("::")[1] for overload in overloads}
+
+
+PRODUCT_NAMES = _names(MATMULS) | {"addmm", "baddbmm", "grouped_mm"}
+PRODUCT_NAMES |= {"convolution_backward"}  # which reads a convolution's input alike
+_RELABELLING_NAMES = _names(PERMUTING | RESHAPING | COPYING) | {"expand", "alias"}
+
+
+SKETCH = "compact_fx.sketch"
+"""In `node.meta` of a sketch x P: its number in the plan."""
+WEIGHT = "compact_fx.weight"
+"""In `node.meta` of a projection: the name of the first weight that is sketched with it."""
+
+_KEPT_META = ("stack_trace", "nn_module_stack", "seq_nr", "partitioner_tag", "custom")
+
+
+def insert(
+    graph: fx.Graph, target: Callable[..., Any], args: Sequence[Any], *, like: fx.Node, name: str
+) -> fx.Node:
+    """A new node at the insertion point, with its fake value and the provenance of `like`."""
+    values = fx.map_arg(tuple(args), lambda node: node.meta["val"])
+    with _torch.fake_mode_of(like.meta["val"]):
+        value = target(*values)
+    node = graph.create_node("call_function", target, tuple(args), name=name)
+    node.meta = {key: like.meta[key] for key in _KEPT_META if key in like.meta}
+    node.meta["val"] = value
+    return node
+
+
+def transposed(graph: fx.Graph, node: fx.Node, *, like: fx.Node, name: str = "rows") -> fx.Node:
+    """A new node that swaps the last two dimensions, of a matrix or of a batch of them."""
+    *batch, rows, columns = range(node.meta["val"].dim())
+    order = [*batch, columns, rows]
+    return insert(graph, aten.permute.default, (node, order), like=like, name=name)
+
+
+def permutation(node: fx.Node) -> list[int] | None:
+    """For a node that only permutes dimensions: for each of its own, which of its input's."""
+    if node.target not in PERMUTING:
+        return None
+    order = list(range(node.meta["val"].dim()))
+    if node.target is aten.permute.default:
+        return [order[i] for i in node.args[1]]  # type: ignore[union-attr,index]
+    if node.target is aten.transpose.int:
+        i, j = node.args[1:3]
+        order[i], order[j] = order[j], order[i]  # type: ignore[index]
+        return order
+    return order[::-1]
+
+
+def is_transposition(node: fx.Node) -> bool:
+    """Whether the node swaps the last two dimensions, of a matrix or of a batch of them."""
+    order = permutation(node)
+    if order is None or len(order) < 2:
+        return False
+    *batch, rows, columns = range(len(order))
+    return order == [*batch, columns, rows]
+
+
+def is_relabelling(node: fx.Node) -> bool:
+    """Whether a node has the values of its input: a view, a copy or a cast."""
+    return node.op == "call_function" and _torch.operator_base(node) in _RELABELLING_NAMES
+
+
+def is_tensor(node: fx.Node) -> bool:
+    """Whether the node's value is a tensor, and not a symbolic size."""
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def storage_of(node: fx.Node) -> int:
+    """An identity of the storage behind a node's value."""
+    try:
+        return _torch.storage_id(node.meta["val"])
+    except NotImplementedError:  # a sparse or opaque tensor has none
+        return id(node)
+
+
+def bytes_of(node: fx.Node) -> int:
+    """Bytes of the storage behind a node's value; symbolic sizes count with their hint."""
+    value = node.meta["val"]
+    try:
+        return _torch.size_hint(value.untyped_storage().nbytes())
+    except NotImplementedError:
+        return _torch.size_hint(value.numel()) * int(value.element_size())
+
+
+def finish(module: fx.GraphModule) -> None:
+    """Drop what a pass made dead, check the graph and make its code current."""
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()
