@@ -14,7 +14,7 @@ from torch import Tensor, fx
 import compact_fx
 from compact_fx import _torch, passes
 from compact_fx.config import CompactConfig
-from compact_fx.errors import CannotCompact, SiteFailed
+from compact_fx.errors import CannotCompact, SiteFailed, failures_of
 from compact_fx.passes.apply_plan import apply_plan, expand
 from compact_fx.passes.choose_sites import choose_sites
 from compact_fx.passes.joint_graph import JointGraph, capture
@@ -131,7 +131,8 @@ class GraphCompiler:
         def visitor(joint: JointGraph) -> Plan:
             while True:
                 try:
-                    plan = choose_sites(joint, self._config, failed)
+                    with failures_of("choose_sites"):
+                        plan = choose_sites(joint, self._config, failed)
                     break
                 except SiteFailed as error:
                     if error.weight in failed:

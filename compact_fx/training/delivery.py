@@ -57,9 +57,9 @@ def _deliver(leaf: Tensor, weight: Tensor | None, basis: Basis) -> None:
         return
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "create_graph=True with sketched gradients: what depends on the gradient of the weight "
-            f"shape {tuple(weight.shape)} would drop out of the loss. Exclude the weight, or use "
-            'gradients="dense"'
+            "create_graph=True with sketched gradients: what depends on the gradient of a weight, "
+            f"of shape {tuple(weight.shape)}, would drop out of the loss. Exclude the weight, or "
+            'use gradients="dense"'
         )
     record = known_record(weight)
     assert record is not None

@@ -112,19 +112,25 @@ class SketchedGrad(_Wrapper):
 
     @property
     def factor(self) -> Tensor | None:
-        """The weight's shape with the rank in place of in_features, None once it is dense.
+        """The weight's shape with the rank in place of in_features.
 
-        A dense gradient G beside it counts as G P.
+        None where the gradient is more than its factor: something dense was added or written.
         """
+        return None if self._contents.rest is not None else self._contents.factor
+
+    def to_factor(self) -> Tensor:
+        """The gradient in its basis: F; F + G P with a dense gradient G beside it; else nearest."""
         contents = self._contents
-        if contents.factor is None or contents.rest is None:
+        if contents.factor is None:
+            return contents.basis.fit(contents.to_dense())
+        if contents.rest is None:
             return contents.factor
         return contents.factor + contents.basis.compress(contents.rest)
 
     @property
-    def is_mixed(self) -> bool:
-        """Whether a dense gradient was added to the factor."""
-        return self._contents.rest is not None
+    def is_written(self) -> bool:
+        """Whether something has written dense values into it."""
+        return self._contents.factor is None
 
     @property
     def data(self) -> "SketchedGrad":  # type: ignore[override]
@@ -151,7 +157,7 @@ class SketchedGrad(_Wrapper):
 
     def __repr__(self) -> str:  # type: ignore[override]
         rank = self.basis.projection.rank
-        state = f"rank={rank}" if self._contents.factor is not None else "dense"
+        state = f"rank={rank}" if self.factor is not None else "dense"
         return f"SketchedGrad(shape={tuple(self.shape)}, dtype={self.dtype}, {state})"
 
     def norm_of_dense(self) -> Tensor:

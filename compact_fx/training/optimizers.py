@@ -240,16 +240,14 @@ class CompactOptimizer(torch.optim.Optimizer):
             return None
         known = self._basis_for(weight)
         if isinstance(gradient, SketchedGrad):
-            factor = gradient.factor
-            if factor is not None:
-                if gradient.is_mixed:
-                    self._warn(weight, "has a dense part from a graph without sketches")
-                return factor, gradient.basis
-            if known is None and self.state.get(weight):
+            if gradient.factor is None and known is None and self.state.get(weight):
                 weight.grad = gradient.to_dense()
                 return None
-            self._warn(weight, "was written into (by clip_grad_value_, say), and is dense since")
-            return gradient.basis.fit(gradient.to_dense()), gradient.basis
+            if gradient.is_written:
+                self._warn(weight, "is dense since something wrote into it (clip_grad_value_, say)")
+            elif gradient.factor is None:
+                self._warn(weight, "has a dense part, from a graph without sketches")
+            return gradient.to_factor(), gradient.basis
         if known is None:
             return None
         record = known_record(weight)

@@ -29,7 +29,7 @@ def test_one_line_for_each_graph_and_each_site(caplog):
     backend = compact_backend(inner="aot_eager", strict=True)
     torch.compile(model, backend=backend)(torch.randn(32, 64))
     (plan,) = backend.plans
-    records = [record for record in caplog.records if record.name.startswith("compact_fx")]
+    records = [record for record in caplog.records if record.name == "compact_fx.backend"]
     (info,) = [r.getMessage() for r in records if r.levelno == logging.INFO]
     assert info == (
         f"graph 0: 2 of 2 weight gradients sketched, {plan.account.bytes_before} → "

@@ -81,8 +81,6 @@ STAY_SKETCHED = {
     "_foreach_mul_ list": lambda g: (torch._foreach_mul_([g], [0.5]), g)[1],
     "_foreach_div_": lambda g: (torch._foreach_div_([g], 3.0), g)[1],
     "_foreach_zero_": lambda g: (torch._foreach_zero_([g]), g)[1],
-    "add_ plain": lambda g: g.add_(torch.ones(g.shape), alpha=0.5),
-    "iadd plain": lambda g: g.__iadd__(torch.ones(g.shape)),
 }
 
 
@@ -170,6 +168,8 @@ def test_reading_sees_the_dense_tensor(pair, name):
 WRITE = {
     "clamp_": lambda g: g.clamp_(-0.5, 0.5),
     "clamp_ keywords": lambda g: g.clamp_(min=-0.5, max=0.5),
+    "add_ plain": lambda g: g.add_(torch.ones(g.shape), alpha=0.5),
+    "iadd plain": lambda g: g.__iadd__(torch.ones(g.shape)),
     "sub_ itself": lambda g: g.sub_(g, alpha=0.5),
     "mul_ plain": lambda g: g.mul_(torch.arange(g.numel()).view(g.shape)),
     "mul_ itself": lambda g: g.mul_(g),
@@ -557,7 +557,7 @@ def test_consumed():
 def test_a_batch_is_matrix_by_matrix(last):
     """Dense values, norm, compression and what stays sketched, for (3, m, n) and (3, n, m)."""
     matrices = [sketched(int(last), seed=i) for i in range(3)]
-    basis = Basis(projection=matrices[0].basis.projection, key=7, dim=1 + last)
+    basis = Basis(projection=matrices[0].basis.projection, seed=0, generation=7, dim=1 + last)
     gradient = SketchedGrad(torch.stack([g.factor for g in matrices]), basis)
     dense = torch.stack([g.to_dense() for g in matrices])
     assert gradient.shape == dense.shape
