@@ -53,7 +53,7 @@ def leaf_of(weight: Tensor, shape: tuple[int, ...], basis: Basis) -> Tensor:
 
 def _deliver(leaf: Tensor, weight: Tensor | None, basis: Basis) -> None:
     factor, leaf.grad = leaf.grad, None
-    if weight is None or factor is None:
+    if weight is None or factor is None or not weight.requires_grad:
         return
     if torch.is_grad_enabled():
         raise RuntimeError(

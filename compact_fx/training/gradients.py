@@ -68,8 +68,16 @@ class _Wrapper(Tensor):
         raise NotImplementedError
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
-        """A copy, dense."""
-        return self._values(to_write=False).numpy(*args, **kwargs)
+        """A dense copy; read-only, since nothing written into it would arrive."""
+        array = self._values(to_write=False).clone().numpy(*args, **kwargs)
+        array.flags.writeable = False
+        return array
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        array = self.numpy()
+        if dtype is not None:
+            return array.astype(dtype)
+        return array.copy() if copy else array
 
     def tolist(self) -> Any:
         """As of the dense tensor."""

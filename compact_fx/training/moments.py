@@ -1,6 +1,5 @@
 """What an optimizer's state is expressed in: check it, carry it into another basis, save it."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -17,8 +16,6 @@ _LINEAR = ("exp_avg", "momentum_buffer")  # what is linear in the gradient
 # In a saved state each is a 0-d int64 tensor: distributed checkpoints load tensors in place, and
 # torch.load takes them with weights_only=True.
 _PREFIX = "projection_"
-STEPS = f"{_PREFIX}steps"
-"""Steps that the weight has seen; also of a weight whose state is dense."""
 _NAMES = ("salt", "seed", "generation", "in_features", "rank", "kind", "dtype", "dim")
 _KIND_IDS = {salt_of(kind): kind for kind in KINDS}
 _DTYPE_IDS = {
@@ -62,80 +59,78 @@ def carry(state: dict[str, Any], old: Basis, new: Basis, refresh: Refresh) -> No
             moment.copy_(old.change_to(new, moment))
 
 
-def saved(state: Mapping[str, Any], basis: Basis | None, steps: int | None) -> dict[str, Any]:
-    """A state as it is saved: with the names of what it is expressed in."""
-    named: dict[str, int] = {} if steps is None else {STEPS: steps}
+def names_of(basis: Basis | None, steps: int | None = None) -> dict[str, Tensor]:
+    """What a state is expressed in and the weight's steps, as saved beside the moments."""
+    values = {} if steps is None else {"steps": steps}
     if basis is not None:
-        p = basis.projection
-        values = (
-            p.salt,
-            basis.seed,
-            basis.generation,
-            p.in_features,
-            p.rank,
-            salt_of(p.kind),
-            salt_of(str(p.dtype)),
-            basis.dim,
-        )
-        named |= {_PREFIX + name: value for name, value in zip(_NAMES, values, strict=True)}
-    return {**state, **{k: torch.tensor(v, dtype=torch.int64) for k, v in named.items()}}
+        values |= _numbers_of(basis)
+    return {_PREFIX + k: torch.tensor(v, dtype=torch.int64) for k, v in values.items()}
 
 
-def split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
-    """A saved state without those names, and what they say.
+def _numbers_of(basis: Basis) -> dict[str, int]:
+    p = basis.projection
+    return {
+        "salt": p.salt,
+        "seed": basis.seed,
+        "generation": basis.generation,
+        "in_features": p.in_features,
+        "rank": p.rank,
+        "kind": salt_of(p.kind),
+        "dtype": salt_of(str(p.dtype)),
+        "dim": basis.dim,
+    }
 
-    Raises:
-        ValueError: one of them is no number.
-    """
-    plain = {k: v for k, v in state.items() if not k.startswith(_PREFIX)}
-    named = {k: v for k, v in state.items() if k.startswith(_PREFIX)}
-    for name, value in named.items():
-        if not isinstance(value, int) and not (isinstance(value, Tensor) and value.numel() == 1):
-            raise ValueError(f"a saved state is damaged: {name}={value!r} must be one number")
-    return plain, {name: int(value) for name, value in named.items()}
+
+def without_names(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state as the inner optimizer knows it."""
+    return {name: value for name, value in state.items() if not name.startswith(_PREFIX)}
 
 
-def restored(named: Mapping[str, int], plain: Mapping[str, Any], weight: Tensor) -> Basis | None:
-    """The basis of a saved state, None of a dense one; checked against the weight and the moments.
+def restored(state: Mapping[str, Any], weight: Tensor) -> tuple[Basis | None, int]:
+    """What a saved state of this weight is expressed in (None: it is dense), and its steps.
 
     Raises:
-        ValueError: what the state says does not fit together.
+        ValueError: what the state says does not fit together, or not to the weight.
     """
-    if not named.keys() - {STEPS}:
-        return None
-    shape = tuple(weight.shape)
-    missing = [name for name in _NAMES if _PREFIX + name not in named]
-    if missing:
-        raise ValueError(
-            f"the saved state of a weight of shape {shape} is damaged: {_PREFIX}{missing[0]} is "
-            "missing"
-        )
-    get = {name: named[_PREFIX + name] for name in _NAMES}
-    rank, n, dim = get["rank"], get["in_features"], get["dim"]
-    if get["kind"] not in _KIND_IDS or get["dtype"] not in _DTYPE_IDS:
-        raise ValueError(
-            f"the saved state of a weight of shape {shape} has a kind of projection that this "
-            f"version does not know; it knows {', '.join(KINDS)}"
-        )
-    if not (0 <= dim < weight.dim() and shape[dim] == n and 1 <= rank <= n):
-        raise ValueError(
-            f"the saved state of a weight of shape {shape} is of {n} features in dimension {dim} "
-            f"with rank {rank}: it belongs to another weight, or is damaged"
-        )
-    factor = tuple(rank if i == dim else size for i, size in enumerate(shape))
-    for name, moment in plain.items():
-        if isinstance(moment, Tensor) and moment.numel() == math.prod(factor) != 1:
+    whose = f"the saved state of a weight of shape {tuple(weight.shape)}"
+    numbers: dict[str, int] = {}
+    for name, value in state.items():
+        if name.startswith(_PREFIX):
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                raise ValueError(f"{whose} is damaged: {name}={value!r} must be one number")
+            numbers[name.removeprefix(_PREFIX)] = int(value)
+    # torch's own optimizers have counted as well, if not for projections.
+    steps = numbers.pop("steps", int(state.get("step", 0)))
+    basis = _basis_of(numbers, weight, whose) if numbers else None
+    factor = [*weight.shape]
+    if basis is not None:
+        factor[basis.dim] = basis.projection.rank
+    for name, moment in without_names(state).items():
+        if not isinstance(moment, Tensor) or moment.dim() != weight.dim():
             continue
-        if isinstance(moment, Tensor) and moment.dim() == len(factor) and moment.shape == shape:
+        if any(size not in (1, own) for size, own in zip(moment.shape, factor, strict=True)):
             raise ValueError(
-                f"{name} in the saved state of a weight of shape {shape} is dense, its projection "
-                f"has rank {rank}: the state is damaged"
+                f"{whose} is damaged: {name} has shape {tuple(moment.shape)}, not {tuple(factor)}"
             )
-    projection = Projection(
-        salt=get["salt"],
-        in_features=n,
-        rank=rank,
-        kind=_KIND_IDS[get["kind"]],
-        dtype=_DTYPE_IDS[get["dtype"]],
+    return basis, steps
+
+
+def _basis_of(numbers: Mapping[str, int], weight: Tensor, whose: str) -> Basis:
+    missing = [name for name in _NAMES if name not in numbers]
+    if missing:
+        raise ValueError(f"{whose} is damaged: {_PREFIX}{missing[0]} is missing")
+    kind, dtype = _KIND_IDS.get(numbers["kind"]), _DTYPE_IDS.get(numbers["dtype"])
+    if kind is None or dtype is None:
+        raise ValueError(
+            f"{whose} has a kind of projection that is not known here; known: {', '.join(KINDS)}"
+        )
+    rank, n, dim = numbers["rank"], numbers["in_features"], numbers["dim"]
+    if not (0 <= dim < weight.dim() and weight.shape[dim] == n and 1 <= rank <= n):
+        raise ValueError(
+            f"{whose} is of {n} features in dimension {dim} with rank {rank}: it belongs to "
+            "another weight, or is damaged"
+        )
+    projection = Projection(salt=numbers["salt"], in_features=n, rank=rank, kind=kind, dtype=dtype)
+    return Basis(
+        projection=projection, seed=numbers["seed"], generation=numbers["generation"], dim=dim
     )
-    return Basis(projection=projection, seed=get["seed"], generation=get["generation"], dim=dim)

@@ -16,7 +16,6 @@ from compact_fx.training import moments
 from compact_fx.training.gradients import ConsumedGrad, SketchedGrad
 from compact_fx.training.moments import REFRESHES, Refresh
 from compact_fx.training.weights import (
-    Group,
     known_record,
     record_of,
     restore_steps,
@@ -164,8 +163,9 @@ class CompactOptimizer(torch.optim.Optimizer):
             self._run_inner_step(self._inner_groups(groups, factors, steps))
         finally:
             for step in steps:
-                self.state[step.weight] = self.state.pop(step.stand_in, {})
                 self._bases[step.weight] = step.basis
+                names = moments.names_of(step.basis)
+                self.state[step.weight] = {**self.state.pop(step.stand_in, {}), **names}
         for step in steps:
             self._update(step)
 
@@ -211,7 +211,7 @@ class CompactOptimizer(torch.optim.Optimizer):
         dtype = self._settings.state_dtype or factor.dtype
         stand_in = torch.empty_like(factor, dtype=dtype)
         stand_in.grad = factor.to(dtype)
-        state = self.state.get(weight, {})
+        state = moments.without_names(self.state.get(weight, {}))
         if weight in self._bases:  # may fail for want of memory
             moments.carry(state, self._bases[weight], basis, self._settings.refresh)
         self.state.pop(weight, None)
@@ -246,7 +246,7 @@ class CompactOptimizer(torch.optim.Optimizer):
             if gradient.is_written:
                 self._warn(weight, "is dense since something wrote into it (clip_grad_value_, say)")
             elif gradient.factor is None:
-                self._warn(weight, "has a dense part, from a graph without sketches")
+                self._warn(weight, "has a dense part")
             return gradient.to_factor(), gradient.basis
         if known is None:
             return None
@@ -258,7 +258,7 @@ class CompactOptimizer(torch.optim.Optimizer):
                 "use the settings that the state was made with, or a fresh optimizer"
             )
         if self.state.get(weight):  # else it is how checkpoints make a state to load into
-            self._warn(weight, "is dense: a graph without sketches made it, or it was replaced")
+            self._warn(weight, "is dense: no sketch made it")
         return known.compress(gradient), known
 
     def _basis_for(self, weight: Tensor) -> Basis | None:
@@ -322,14 +322,11 @@ class CompactOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers only; with each weight's projection and steps by name."""
-        whole = super().state_dict()
-        states = dict(whole["state"])
-        for number, weight in self._numbered():
-            if number in states:
-                record = known_record(weight)
-                steps = None if record is None or record.group is None else record.steps
-                states[number] = moments.saved(states[number], self._bases.get(weight), steps)
-        return {**whole, "state": states}
+        for _, weight in self._numbered():
+            record = known_record(weight)
+            if record is not None and record.group is not None:
+                self.state[weight].update(moments.names_of(None, record.steps))
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state; moments are cast to `state_dtype`, or the weight's dtype.
@@ -349,11 +346,11 @@ class CompactOptimizer(torch.optim.Optimizer):
         plain: dict[Any, Any] = {k: v for k, v in state_dict["state"].items() if k not in names}
         for name, weight in zip(names, weights, strict=True):
             if name in state_dict["state"]:
-                plain[name], named = moments.split(state_dict["state"][name])
-                basis = moments.restored(named, plain[name], weight)
+                saved = state_dict["state"][name]
+                basis, steps[weight] = moments.restored(saved, weight)
                 if basis is not None:
                     bases[weight] = basis
-                steps[weight] = int(named.get(moments.STEPS, plain[name].get("step", 0)))
+                plain[name] = moments.without_names(saved)
             else:
                 steps[weight] = 0
         super().load_state_dict({**state_dict, "state": plain})
@@ -364,13 +361,18 @@ class CompactOptimizer(torch.optim.Optimizer):
         for name, weight in zip(names, weights, strict=True):
             if weight in bases:
                 self._copy_moments(weight, plain[name])
-        known = {w: n for w, n in steps.items() if known_record(w) or (n and w.dim() > 1)}
-        restore_steps(known)
-        for weight, basis in bases.items():
-            record = record_of(weight)
-            if record.group is None:
-                record.join(Group(basis.projection.salt))
-            record.group.root().salt = basis.projection.salt  # type: ignore[union-attr]
+                self.state[weight].update(moments.names_of(bases[weight], steps[weight]))
+            elif not self.state.get(weight, True):
+                del self.state[weight]  # it held no more than the steps of the weight
+        self._restore_records(
+            {w: n for w, n in steps.items() if known_record(w) or (n and w.dim() > 1)}
+        )
+
+    def _restore_records(self, steps: dict[Tensor, int]) -> None:
+        """Weights go on where these steps and the bases of their states say."""
+        for weight, basis in self._bases.items():
+            record_of(weight).restore_salt(basis.projection.salt)
+        restore_steps(steps)
 
     def _copy_moments(self, weight: Tensor, saved: Mapping[str, Any]) -> None:
         """Tensors of its own, on the weight's device, rounded once."""
@@ -382,15 +384,17 @@ class CompactOptimizer(torch.optim.Optimizer):
                 self.state[weight][entry] = copied
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"settings": self._settings, "bases": self._bases, "warned": self._warned}
+        records = {weight: known_record(weight) for _, weight in self._numbered()}
+        steps = {w: record.steps for w, record in records.items() if record is not None}
+        own = {"settings": self._settings, "bases": self._bases, "steps": steps}
         return {**super().__getstate__(), "compact": own}  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         own = state.pop("compact", None)
         super().__setstate__(state)
         if own is not None:  # a copy; torch also calls this to load a state
-            self._settings, self._warned = own["settings"], own["warned"]
-            self._bases = own["bases"]
+            self._settings, self._bases, self._warned = own["settings"], own["bases"], set()
+            self._restore_records(own["steps"])
             if self._step_in_backward:
                 for _, weight in self._numbered():
                     self._step_after_backward(weight)

@@ -75,17 +75,17 @@ class WeightRecord:
         self._used: tuple[weakref.ref[Tensor], int] | None = None
         self._user: weakref.ref[Optimizer] | None = None
 
-    def use(self, gradient: Tensor, optimizer: Optimizer) -> None:
-        """An optimizer has made a step with this gradient."""
+    def use(self, gradient: Tensor, optimizer: Optimizer) -> bool:
+        """An optimizer has made a step with this gradient; whether a sketched graph has made it."""
         used, user = self._used, self._user
         is_old = used is not None and used[0]() is gradient and used[1] == gradient._version
         if is_old and user is not None and user() is not optimizer:
-            return
+            return True
         self._used = (weakref.ref(gradient), gradient._version)
         self._user = weakref.ref(optimizer)
-        if not (self.in_graph or is_old) and self.watch is not None:
-            self.watch.stepped_unsketched()
+        was_in_graph = self.in_graph or is_old
         self.count()
+        return was_in_graph
 
     def count(self) -> None:
         """One step more."""
@@ -95,6 +95,13 @@ class WeightRecord:
         if self.group is not None:
             group = self.group.root()
             group.steps = max(group.steps, self.steps)
+
+    def restore_salt(self, salt: int) -> None:
+        """The projection is that of a saved run."""
+        if self.group is None:
+            self.join(Group(salt))
+        else:
+            self.group.root().salt = salt
 
     def join(self, group: Group) -> None:
         """Share a projection with these weights."""
@@ -151,9 +158,14 @@ def use_gradients(optimizer: Optimizer, weights: Iterable[Tensor]) -> None:
     """An optimizer has made a step with the gradients of these weights."""
     global _changes
     _changes += 1
+    unsketched: set[Watch] = set()
     for weight in weights:
         if weight.grad is not None and (record := _records.get(weight)) is not None:
-            record.use(weight.grad, optimizer)
+            sketched = record.use(weight.grad, optimizer)
+            if not sketched and record.watch is not None:
+                unsketched.add(record.watch)
+    for watch in unsketched:
+        watch.stepped_unsketched()
 
 
 def count_step(weights: Iterable[Tensor]) -> None:
