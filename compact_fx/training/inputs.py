@@ -102,7 +102,7 @@ class GraphInputs:
         known = next((record.group for record in owners if record.group is not None), None)
         group = known or Group(self._plan.projections[number].salt)
         for record in owners:
-            record.join(group)
+            group.add(record)
         return group
 
     def _versions(self, groups: Sequence[Group]) -> list[tuple[int, int]]:

@@ -322,11 +322,17 @@ class CompactOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers only; with each weight's projection and steps by name."""
-        for _, weight in self._numbered():
+        bare: dict[int, dict[str, Any]] = {}  # of weights that have no state: no entry here either
+        for number, weight in self._numbered():
             record = known_record(weight)
             if record is not None and record.group is not None:
-                self.state[weight].update(moments.names_of(None, record.steps))
-        return super().state_dict()
+                names = moments.names_of(None, record.steps)
+                if self.state.get(weight):
+                    self.state[weight].update(names)
+                else:
+                    bare[number] = names
+        whole = super().state_dict()
+        return {**whole, "state": {**bare, **whole["state"]}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state; moments are cast to `state_dtype`, or the weight's dtype.

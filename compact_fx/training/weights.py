@@ -20,13 +20,17 @@ class Group:
 
     Attributes:
         salt: of their projection.
-        steps: the most that one of them has seen; says which version the projection has.
     """
 
     def __init__(self, salt: int) -> None:
         self.salt = salt
-        self.steps = 0
+        self._members: weakref.WeakSet[WeightRecord] = weakref.WeakSet()
         self._merged_into: Group | None = None
+
+    @property
+    def steps(self) -> int:
+        """The most that one of the weights has seen; says which version the projection has."""
+        return max((record.steps for record in self._members), default=0)
 
     def root(self) -> "Group":
         """The group that this one has become."""
@@ -35,12 +39,15 @@ class Group:
             group = group._merged_into
         return group
 
-    def merge(self, other: "Group") -> None:
-        """Two groups met in one graph: from now on they have one projection everywhere."""
-        first, second = self.root(), other.root()
-        if first is not second:
-            second._merged_into = first
-            first.steps = max(first.steps, second.steps)
+    def add(self, record: "WeightRecord") -> None:
+        """From now on the weight, and all that it shared one with, have this projection."""
+        here = self.root()
+        other = here if record.group is None else record.group.root()
+        if other is not here:
+            other._merged_into = here
+            here._members |= other._members
+        here._members.add(record)
+        record.group = here
 
 
 class WeightRecord:
@@ -92,25 +99,13 @@ class WeightRecord:
         self.in_graph = False
         self.is_stepped = True
         self.steps += 1
-        if self.group is not None:
-            group = self.group.root()
-            group.steps = max(group.steps, self.steps)
 
     def restore_salt(self, salt: int) -> None:
         """The projection is that of a saved run."""
         if self.group is None:
-            self.join(Group(salt))
+            Group(salt).add(self)
         else:
             self.group.root().salt = salt
-
-    def join(self, group: Group) -> None:
-        """Share a projection with these weights."""
-        if self.group is None:
-            self.group = group
-            root = group.root()
-            root.steps = max(root.steps, self.steps)
-        else:
-            group.merge(self.group)
 
 
 _records: MutableMapping[Tensor, WeightRecord] = WeakTensorKeyDictionary()
@@ -212,13 +207,6 @@ def restore_steps(steps: dict[Tensor, int]) -> None:
     """Weights have seen these many steps, whatever was known before."""
     global _changes
     _changes += 1
-    records = {record_of(weight): number for weight, number in steps.items()}
-    groups = {record.group.root() for record in records if record.group is not None}
-    for group in groups:
-        group.steps = 0
-    for record, number in records.items():
-        record.steps = number
-        record.in_graph = False
-        if record.group is not None:
-            root = record.group.root()
-            root.steps = max(root.steps, number)
+    for weight, number in steps.items():
+        record = record_of(weight)
+        record.steps, record.in_graph = number, False
