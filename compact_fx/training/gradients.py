@@ -312,11 +312,15 @@ def _elementwise(func: Any, *, in_place: bool) -> Callable[..., Any]:
 
 
 def _zero_in_place(gradient: Any) -> Any:
-    if not _is_sketched(gradient):
+    if not isinstance(gradient, SketchedGrad):
         return NotImplemented
     contents = gradient._contents
+    if contents.factor is None:  # zeros need not be dense
+        shape = [*gradient.shape]
+        shape[contents.basis.dim] = contents.basis.projection.rank
+        contents.factor = torch.zeros(shape, dtype=gradient.dtype, device=gradient.device)
     contents.factor.zero_()
-    contents.rest, contents.is_blank = None, True
+    contents.rest, contents.dense, contents.is_blank = None, None, True
     return gradient
 
 
