@@ -139,7 +139,7 @@ class Basis:
         if self._is_gathered:
             counts = countsketch.column_counts(*self._table(device), factor.dtype)
             weights = counts if self.is_last(factor) else counts[:, None]
-            return (factor.square() * weights).sum().clamp(min=0).sqrt()
+            return (factor.square() * weights).sum().sqrt()
         p = self.matrix(device, factor.dtype)
         rows = factor if self.is_last(factor) else factor.mT
         with torch.autocast(device.type, enabled=False):

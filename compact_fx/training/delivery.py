@@ -77,7 +77,6 @@ def _deliver(leaf: Tensor, weight: Tensor | None, basis: Basis) -> None:
     elif isinstance(weight.grad, SketchedGrad | ConsumedGrad):
         weight.grad += gradient
     else:  # from a graph without sketches
-        gradient += weight.grad
-        weight.grad = gradient
+        weight.grad = gradient.add_(weight.grad)
     if record.listener is not None:
         record.listener(weight)

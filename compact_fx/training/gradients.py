@@ -59,17 +59,17 @@ class _Contents:
 
 
 class _Wrapper(Tensor):
-    """Without memory of its own: its values are those of `_values(...)`."""
+    """Without memory of its own: its values are those of `_plain(...)`."""
 
     _contents: _Contents
 
-    def _values(self, *, to_write: bool) -> Tensor:
+    def _plain(self, *, to_write: bool) -> Tensor:
         """A plain tensor with its values; what is written into it arrives if that is asked."""
         raise NotImplementedError
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         """A dense copy; read-only, since nothing written into it would arrive."""
-        array = self._values(to_write=False).clone().numpy(*args, **kwargs)
+        array = self._plain(to_write=False).clone().numpy(*args, **kwargs)
         array.flags.writeable = False
         return array
 
@@ -81,7 +81,7 @@ class _Wrapper(Tensor):
 
     def tolist(self) -> Any:
         """As of the dense tensor."""
-        return self._values(to_write=False).tolist()
+        return self._plain(to_write=False).tolist()
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -156,7 +156,7 @@ class SketchedGrad(_Wrapper):
         """The gradient as a plain tensor (G P Pᵀ); a new one each time while it is sketched."""
         return self._contents.to_dense()
 
-    def _values(self, *, to_write: bool) -> Tensor:
+    def _plain(self, *, to_write: bool) -> Tensor:
         return self._contents.densify() if to_write else self._contents.to_dense()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -172,13 +172,14 @@ class SketchedGrad(_Wrapper):
         """‖G P Pᵀ‖ without building it, in float32 or float64."""
         contents = self._contents
         if contents.factor is None or contents.rest is not None:
-            return torch.linalg.vector_norm(self.to_dense())
+            dense: Tensor = torch.linalg.vector_norm(self.to_dense())
+            return dense
         dtype = torch.float64 if self.dtype is torch.float64 else torch.float32
         factor = contents.factor.to(dtype)
         largest = factor.abs().amax()
         unit = torch.where(largest.isfinite() & (largest > 0), largest, 1.0)
-        norm = self.basis.norm(factor / unit)
-        return torch.where(largest.isinf(), largest, norm * largest).to(self.dtype)
+        norm = self.basis.norm(factor / unit) * largest
+        return torch.where(largest.isinf(), largest, norm).to(self.dtype)
 
 
 class _View(_Wrapper):
@@ -190,17 +191,17 @@ class _View(_Wrapper):
 
     _path: tuple[Callable[[Tensor], Tensor], ...]
 
-    def _values(self, *, to_write: bool) -> Tensor:
+    def _plain(self, *, to_write: bool) -> Tensor:
         values = self._contents.densify() if to_write else self._contents.to_dense()
         for function in self._path:
             values = function(values)
         return values
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self._values(to_write=False).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        return self._plain(to_write=False).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return repr(self._values(to_write=False))
+        return repr(self._plain(to_write=False))
 
 
 def _wrap(contents: _Contents, like: Tensor) -> SketchedGrad:
@@ -250,7 +251,7 @@ def _densely(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
             if not isinstance(leaf, _Wrapper):
                 return leaf
             if id(leaf) not in replaced:
-                replaced[id(leaf)] = leaf._values(to_write=to_write)
+                replaced[id(leaf)] = leaf._plain(to_write=to_write)
             tensor = replaced[id(leaf)]
             if to_write:
                 owners[id(tensor)] = leaf
@@ -348,9 +349,11 @@ def _add_in_place(left: Any, right: Any, alpha: float = 1) -> Any:
     """In the same basis factors are added; anything else of the same shape is kept beside it."""
     if not (_is_sketched(left) and isinstance(right, Tensor) and right.shape == left.shape):
         return NotImplemented
-    contents, rest = left._contents, right
-    if _is_sketched(right):
+    contents = left._contents
+    rest: Tensor | None = right
+    if isinstance(right, SketchedGrad) and _is_sketched(right):
         other = right._contents
+        assert other.factor is not None
         if contents.is_blank and contents.basis != other.basis:
             contents.basis, contents.factor = other.basis, torch.zeros_like(other.factor)
         if contents.basis == other.basis:
@@ -361,7 +364,7 @@ def _add_in_place(left: Any, right: Any, alpha: float = 1) -> Any:
     contents.is_blank = False
     if rest is not None:
         if isinstance(rest, _Wrapper):
-            rest = rest._values(to_write=False)
+            rest = rest._plain(to_write=False)
         if contents.rest is None:
             contents.rest = torch.zeros(left.shape, dtype=left.dtype, device=left.device)
         contents.rest.add_(rest, alpha=alpha)

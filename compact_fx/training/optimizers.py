@@ -493,7 +493,7 @@ def compact_optimizer(
         rule = _Rule(decoupled_weight_decay, rule.is_relative)
     if not rule.is_relative:
         _check_updates(optimizer_class, kwargs)
-    optimizer: CompactOptimizer = _compact_class(optimizer_class, rule)(params, **kwargs)
+    optimizer: CompactOptimizer = _compact_class(optimizer_class, rule)(params, **kwargs)  # type: ignore[arg-type]
     settings = {"state_dtype": state_dtype, "step_in_backward": step_in_backward}
     optimizer._set_up(scale, dense_scale, refresh, **settings)
     return optimizer
@@ -515,7 +515,7 @@ def _compact_class(optimizer_class: type[torch.optim.Optimizer], rule: _Rule) ->
 
 def _bare(optimizer_class: type[torch.optim.Optimizer], rule: _Rule) -> Any:
     """For copies and pickles: an optimizer that gets its state next."""
-    compact_class = _compact_class(optimizer_class, rule)
+    compact_class = _compact_class(optimizer_class, rule)  # type: ignore[arg-type]
     return compact_class.__new__(compact_class)
 
 
@@ -544,7 +544,7 @@ def _check_updates(optimizer_class: type[torch.optim.Optimizer], kwargs: Mapping
             except TypeError as error:
                 raise TypeError(f"{name} cannot step a weight by its gradient: {error}") from error
         changes.append(weight.detach() - value)
-    if not torch.allclose(*changes, rtol=1e-6, atol=1e-12):
+    if not torch.allclose(changes[0], changes[1], rtol=1e-6, atol=1e-12):
         raise TypeError(
             f"{name} cannot step factors: its update depends on the weight itself, which a factor "
             "does not have"
