@@ -17,7 +17,7 @@ from step import VARIANTS, build, inputs_of, loss_of
 from tabulate import tabulate
 
 from compact_fx import explain
-from compact_fx.explanation import COMPILED, DENSE, SKETCHED
+from compact_fx.reading.explanation import COMPILED, DENSE, SKETCHED
 
 
 def predicted(shape: dict[str, int], variant: str) -> int:

@@ -160,7 +160,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "first_step_s": cold,
     }
     if isinstance(backend, CompactBackend):
-        row["planned_kept_gb"] = sum(plan.bytes_after for plan in backend.plans) / 1e9
+        row["planned_kept_gb"] = sum(plan.account.bytes_after for plan in backend.plans) / 1e9
         row["sketched"] = sum(len(plan.sketched) for plan in backend.plans)
     return row
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -87,8 +88,9 @@ class GraphCompiler:
         def partition(
             module: fx.GraphModule, num_fwd_outputs: int, static_inputs: Sequence[int]
         ) -> tuple[fx.GraphModule, fx.GraphModule]:
-            joint = self._capture(module, num_fwd_outputs, static_inputs)
-            results.append(visitor(replace(joint, like_eager=like_eager)))
+            with failures_of("the analysis"):
+                joint = self._capture(module, num_fwd_outputs, static_inputs)
+                results.append(visitor(replace(joint, like_eager=like_eager)))
             raise _Visited
 
         with contextlib.suppress(_Visited), _torch.cold_joint_graph():
@@ -115,9 +117,7 @@ class GraphCompiler:
             try:
                 return plan, self._compile_plan(plan, watch)
             except SiteFailed as error:
-                if error.weight in failed:
-                    raise
-                failed[error.weight] = str(error)
+                self._leave_alone(error, failed)
                 plan = self._plan(failed, observe)
         return plan, self.compile_untouched()
 
@@ -135,14 +135,19 @@ class GraphCompiler:
                         plan = choose_sites(joint, self._config, failed)
                     break
                 except SiteFailed as error:
-                    if error.weight in failed:
-                        raise
-                    failed[error.weight] = str(error)
+                    self._leave_alone(error, failed)
             if observe is not None:
                 observe(joint, plan)
             return plan
 
         return self.visit(visitor)
+
+    def _leave_alone(self, error: SiteFailed, failed: dict[str, str]) -> None:
+        """Plan again without this weight."""
+        if self._config.strict or error.weight in failed:
+            raise error
+        failed[error.weight] = str(error)
+        warnings.warn(f"{error.weight} is left without a sketch: {error}", stacklevel=2)
 
     def _compile_plan(self, plan: Plan, watch: Watch) -> Callable[..., Any]:
         inputs = GraphInputs(plan, self._config.seed, self._config.update_interval, watch)
@@ -155,7 +160,8 @@ class GraphCompiler:
         def partition(
             module: fx.GraphModule, num_fwd_outputs: int, static_inputs: Sequence[int]
         ) -> tuple[fx.GraphModule, fx.GraphModule]:
-            joint = self._capture(module, num_fwd_outputs, static_inputs)
+            with failures_of("capture"):
+                joint = self._capture(module, num_fwd_outputs, static_inputs)
             added = dict(enumerate(plan.inputs, len(self._example_inputs)))
             return expand(apply_plan(replace(joint, added=added), plan))
 

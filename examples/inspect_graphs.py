@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from compact_fx import CompactedGraphs, explain
-from compact_fx.graphs import text_of
+from compact_fx.reading.graphs import text_of
 
 
 class Block(nn.Module):

@@ -2,13 +2,14 @@
 
 import math
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import fx
 
-from compact_fx.errors import SiteFailed, failures_of
+from compact_fx.errors import failures_of
 from compact_fx.passes.joint_graph import JointGraph
 from compact_fx.passes.nodes import (
     COPYING,
@@ -110,7 +111,9 @@ class WeightGrad:
     reason: str = ""
 
 
-def find_weight_grads(joint: JointGraph) -> tuple[WeightGrad, ...]:
+def find_weight_grads(
+    joint: JointGraph, skip: Mapping[str, str] | None = None
+) -> tuple[WeightGrad, ...]:
     """Find, for each parameter of two or more dimensions, the matmuls of its gradient.
 
     ::
@@ -120,6 +123,13 @@ def find_weight_grads(joint: JointGraph) -> tuple[WeightGrad, ...]:
         return (..., grad)          # and nothing else reads what lies on the way
 
     gives `WeightGrad(index, name, uses=(Use(mm, position=1),))`.
+
+    Args:
+        joint: read only.
+        skip: weight name → reason, of those that nobody asks for.
+
+    Raises:
+        SiteFailed: a weight whose gradient cannot be followed.
 
     Contract: changes nothing. A matmul is in at most one `Use`; replacing it by any other estimate
     of the same product changes the gradient of that one parameter and no other output.
@@ -131,15 +141,15 @@ def find_weight_grads(joint: JointGraph) -> tuple[WeightGrad, ...]:
         if node.meta["val"].dim() < 2:
             continue
         gradient = gradients.get(index)
-        if gradient is None:
+        if skip and joint.weights[index] in skip:
+            name = joint.weights[index]
+            found.append(WeightGrad(index, name, reason=skip[name]))
+        elif gradient is None:
             reason = "frozen, or no gradient reaches it"
             found.append(WeightGrad(index, joint.weights[index], reason=reason))
         else:
-            try:
-                with failures_of("find_weight_grads", joint.weights[index]):
-                    uses, reason = finder.uses(gradient)
-            except SiteFailed as error:
-                uses, reason = (), str(error)
+            with failures_of("find_weight_grads", joint.weights[index]):
+                uses, reason = finder.uses(gradient)
             found.append(WeightGrad(index, joint.weights[index], uses, reason))
     return tuple(found)
 

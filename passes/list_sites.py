@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from torch import fx
 
 from compact_fx.config import CompactConfig, resolve_rank
-from compact_fx.errors import SiteFailed, failures_of
+from compact_fx.errors import failures_of
 from compact_fx.passes.find_weight_grads import Use, WeightGrad, find_weight_grads
 from compact_fx.passes.joint_graph import JointGraph
 from compact_fx.plan import FactorInput, Plan, ProjectionInput, Site
@@ -31,15 +31,18 @@ def list_sites(
         joint: read only.
         failed: weight name → reason, of those that a pass has failed for.
 
+    Raises:
+        SiteFailed: a weight that this or an earlier pass fails for.
+
     Returns:
         The draft, and what each of its sites is in the graph.
 
     Contract: a weight that has a projection from another graph keeps it, and shares a sketch only
     with weights that have the same.
     """
-    grads = find_weight_grads(joint)
+    grads = find_weight_grads(joint, skip=failed)
     uses = {(grad.index, i): use for grad in grads for i, use in enumerate(grad.uses)}
-    sites = [site for grad in grads for site in _sites_of(grad, config, failed or {})]
+    sites = [site for grad in grads for site in _sites_of(grad, config)]
     salts = _salts(sites, uses, joint.salts)
     sketches: dict[tuple[fx.Node, bool, Projection], int] = {}
     projections: dict[Projection, int] = {}
@@ -87,12 +90,8 @@ def _sites_of(grad: WeightGrad, config: CompactConfig, failed: Mapping[str, str]
     if not grad.uses:
         yield replace(bare, reason=grad.reason)
     for i, use in enumerate(grad.uses):
-        try:
-            with failures_of("list_sites", grad.name):
-                site = _site(replace(bare, use=i), use, config)
-        except SiteFailed as error:
-            site = replace(bare, use=i, reason=str(error))
-        yield site.left_alone(failed[grad.name]) if grad.name in failed else site
+        with failures_of("list_sites", grad.name):
+            yield _site(replace(bare, use=i), use, config)
     if grad.uses and grad.reason:
         yield replace(bare, use=len(grad.uses), reason=f"another part: {grad.reason}")
 

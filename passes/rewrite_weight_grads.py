@@ -53,9 +53,10 @@ def rewrite_weight_grads(joint: JointGraph, plan: Plan) -> dict[int, fx.Node]:
         for index, role in joint.added.items()
         if isinstance(role, ProjectionInput)
     }
-    uses = {
-        (grad.index, i): use for grad in find_weight_grads(joint) for i, use in enumerate(grad.uses)
-    }
+    planned = {site.weight for site in plan.sketched}
+    others = {name: "" for name in joint.weights.values() if name not in planned}
+    grads = find_weight_grads(joint, skip=others)
+    uses = {(grad.index, i): use for grad in grads for i, use in enumerate(grad.uses)}
     sketches: dict[int, tuple[fx.Node, fx.Node]] = {}
     stays_sketched = {role.index for role in plan.factor_inputs}
     for site in plan.sketched:

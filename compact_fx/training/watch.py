@@ -41,8 +41,8 @@ class Watch:
         if _torch.recompile_limit_hits() > self._limit_hits:
             reason = (
                 "Dynamo has reached its limit of recompilations, and runs eagerly what is not "
-                "compiled yet (dynamic=True makes fewer graphs, torch._dynamo.config."
-                "recompile_limit allows more)"
+                "compiled yet (dynamic=True makes fewer graphs, Dynamo's config.recompile_limit "
+                "allows more)"
             )
         else:
             reason = "gradients came from elsewhere: an eager run, or another compilation"
