@@ -85,7 +85,7 @@ def list_sites(
     return plan, uses
 
 
-def _sites_of(grad: WeightGrad, config: CompactConfig, failed: Mapping[str, str]) -> Iterable[Site]:
+def _sites_of(grad: WeightGrad, config: CompactConfig) -> Iterable[Site]:
     bare = Site(weight=grad.name, index=grad.index)
     if not grad.uses:
         yield replace(bare, reason=grad.reason)
