@@ -43,7 +43,6 @@ from torch.utils._dtype_abbrs import dtype_abbrs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
-from torch.utils.checkpoint import CheckpointPolicy
 
 Partitioner = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
 CompiledFunction = Callable[..., Any]
@@ -146,11 +145,6 @@ def eliminate_common_subexpressions(module: fx.GraphModule) -> None:
         module.graph = fx_graph_cse(module.graph)
 
 
-def mark_recomputed(node: fx.Node) -> None:
-    """Never save this node: each side of the boundary that needs it computes it."""
-    node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-
-
 def operator_name(node: fx.Node) -> str:
     """`mm.default` of `aten.mm.default`; of a getitem, the operator it takes a result of."""
     if node.target is operator.getitem:
@@ -160,30 +154,9 @@ def operator_name(node: fx.Node) -> str:
     return node.op if node.op != "call_function" else getattr(node.target, "__name__", "?")
 
 
-def operator_base(node: fx.Node) -> str:
-    """`mm` of `aten.mm.default`: all overloads of an operator alike."""
-    return operator_name(node).split(".")[0]
-
-
 def storage_id(tensor: torch.Tensor) -> int:
     """An identity of a tensor's storage, for as long as the tensor lives."""
     return int(tensor.untyped_storage()._cdata)
-
-
-_FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*(?:\n +([^\n]+))?')
-
-
-def source_line(node: fx.Node) -> str:
-    """`modeling.py:12: y = self.proj(x)`: the innermost line outside of torch; "" if unknown."""
-    frames = _FRAME.findall(node.stack_trace or "")
-    own = [frame for frame in frames if not frame[0].startswith(_TORCH_FOLDER)]
-    if not frames:
-        return ""
-    file, line, code = (own or frames)[-1]
-    return f"{os.path.basename(file)}:{line}" + (f": {code.strip()}" if code else "")
-
-
-_TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
 
 
 def type_of(node: fx.Node) -> str:
@@ -249,16 +222,6 @@ def trace_artifact(name: str, encoding: str, content: str) -> None:
         metadata_fn=lambda: {"name": name, "encoding": encoding},
         payload_fn=lambda: content,
     )
-
-
-def is_recomputed(node: fx.Node) -> bool:
-    """Whether `mark_recomputed` was called for this node."""
-    return node.meta.get("recompute") is CheckpointPolicy.MUST_RECOMPUTE
-
-
-def mark_saved(node: fx.Node) -> None:
-    """Save this node, even if it could be recomputed."""
-    node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 def fake_mode_of(value: object) -> contextlib.AbstractContextManager[Any]:

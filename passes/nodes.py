@@ -4,11 +4,14 @@ Operators that passes rewrite are overloads: their arguments are known. Operator
 about are base names, `mm` for all of `aten.mm`: graphs that are read come from anywhere.
 """
 
+import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from compact_fx import _torch
 
@@ -122,7 +125,7 @@ def is_transposition(node: fx.Node) -> bool:
 
 def is_relabelling(node: fx.Node) -> bool:
     """Whether a node has the values of its input: a view, a copy or a cast."""
-    return node.op == "call_function" and _torch.operator_base(node) in _RELABELLING_NAMES
+    return node.op == "call_function" and operator_base(node) in _RELABELLING_NAMES
 
 
 def is_tensor(node: fx.Node) -> bool:
@@ -152,3 +155,37 @@ def finish(module: fx.GraphModule) -> None:
     module.graph.eliminate_dead_code()
     module.graph.lint()
     module.recompile()
+
+
+def mark_recomputed(node: fx.Node) -> None:
+    """Never save this node: each side of the boundary that needs it computes it."""
+    node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+
+
+def is_recomputed(node: fx.Node) -> bool:
+    """Whether `mark_recomputed` was called for this node."""
+    return node.meta.get("recompute") is CheckpointPolicy.MUST_RECOMPUTE
+
+
+def mark_saved(node: fx.Node) -> None:
+    """Save this node, even if it could be recomputed."""
+    node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def operator_base(node: fx.Node) -> str:
+    """`mm` of `aten.mm.default`: all overloads of an operator alike."""
+    return _torch.operator_name(node).split(".")[0]
+
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*(?:\n +([^\n]+))?')
+_TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
+
+
+def source_line(node: fx.Node) -> str:
+    """`modeling.py:12: y = self.proj(x)`: the innermost line outside of torch; "" if unknown."""
+    frames = _FRAME.findall(node.stack_trace or "")
+    own = [frame for frame in frames if not frame[0].startswith(_TORCH_FOLDER)]
+    if not frames:
+        return ""
+    file, line, code = (own or frames)[-1]
+    return f"{os.path.basename(file)}:{line}" + (f": {code.strip()}" if code else "")

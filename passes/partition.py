@@ -12,8 +12,11 @@ from compact_fx.passes.nodes import (
     PRODUCT_NAMES,
     SKETCH,
     bytes_of,
+    is_recomputed,
     is_relabelling,
     is_tensor,
+    mark_saved,
+    source_line,
     storage_of,
 )
 from compact_fx.plan import Saved, SavedKind
@@ -94,11 +97,11 @@ def partition(joint: JointGraph, *, recompute: bool, early: Sequence[fx.Node] = 
 def _keep_what_backward_reads(joint: JointGraph) -> None:
     """Mark each tensor of the forward that an operator of the backward reads: autograd keeps it."""
     backward = joint.backward_nodes()
-    backward |= {node for node in joint.module.graph.nodes if _torch.is_recomputed(node)}
+    backward |= {node for node in joint.module.graph.nodes if is_recomputed(node)}
     lasting = joint.static_placeholders()
     for node in joint.module.graph.nodes:
         if is_tensor(node) and node not in backward | lasting and backward & set(node.users):
-            _torch.mark_saved(node)
+            mark_saved(node)
 
 
 def _describe(node: fx.Node, received: fx.Node) -> Saved:
@@ -113,7 +116,7 @@ def _describe(node: fx.Node, received: fx.Node) -> Saved:
         bytes=bytes_of(node),
         kind=_kind(node, readers),
         readers=readers,
-        source=_torch.source_line(node),
+        source=source_line(node),
     )
 
 

@@ -7,7 +7,15 @@ from compact_fx import _torch
 from compact_fx.errors import CannotCompact, failures_of
 from compact_fx.passes.find_weight_grads import Use, find_weight_grads
 from compact_fx.passes.joint_graph import JointGraph
-from compact_fx.passes.nodes import MATMULS, SKETCH, WEIGHT, finish, insert, transposed
+from compact_fx.passes.nodes import (
+    MATMULS,
+    SKETCH,
+    WEIGHT,
+    finish,
+    insert,
+    mark_recomputed,
+    transposed,
+)
 from compact_fx.plan import FactorInput, Plan, ProjectionInput, Site
 from compact_fx.projections import RANDOM_PROJECTION
 
@@ -97,9 +105,9 @@ def _sketch(
         sketch = _product(graph, x, drawn, like=x, name="sketch")
     drawn.meta[WEIGHT], sketch.meta[SKETCH] = site.weight, site.sketch
     # P is drawn again on each side: saving it would cost memory.
-    _torch.mark_recomputed(drawn)
+    mark_recomputed(drawn)
     if site.placement == "late":
-        _torch.mark_recomputed(sketch)
+        mark_recomputed(sketch)
     return drawn, sketch
 
 

@@ -1,5 +1,7 @@
 """The package as people get it, and the rules that keep it readable."""
 
+import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -52,6 +54,89 @@ def test_private_torch_lives_in_one_file(folder: str):
     for file in (ROOT / folder).rglob("*.py"):
         if file.name not in allowed:
             assert not private.search(file.read_text()), file.name
+
+
+ROOMS = {  # each may import itself and those in its set
+    "errors": set(),
+    "_version": set(),
+    "_torch": set(),
+    "projections": {"_torch"},
+    "config": {"projections"},
+    "plan": {"projections"},
+    "training": {"_torch", "plan", "projections"},
+    "passes": {"_torch", "config", "errors", "plan", "projections"},
+    "compiler": {"_torch", "config", "errors", "passes", "plan", "training"},
+    "reading": {
+        "_torch",
+        "compiler",
+        "config",
+        "passes",
+        "plan",
+        "projections",
+        "training",
+    },
+    "backend": {
+        "_torch",
+        "compiler",
+        "config",
+        "errors",
+        "passes",
+        "plan",
+        "reading",
+        "training",
+    },
+    "integrations": {"backend", "training"},
+}
+
+
+def imports_of(file: Path) -> set[tuple[str, int]]:
+    """What a file imports of this package, by room, with the line."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module == "compact_fx":
+            names = [f"compact_fx.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            if name.startswith("compact_fx."):
+                found.add((name.split(".")[1], node.lineno))
+    return found
+
+
+def test_rooms_import_in_one_direction():
+    """Mathematics knows nothing of graphs, passes nothing of training, nothing of what reads it."""
+    seen = set()
+    for folder in (ROOT / "compact_fx", ROOT / "passes"):
+        for file in folder.rglob("*.py"):
+            room = file.relative_to(folder).parts[0].removesuffix(".py")
+            room = "passes" if folder.name == "passes" else room
+            if room in ("__init__", "__main__"):
+                continue
+            seen.add(room)
+            for target, line in imports_of(file):
+                allowed = target == room or target in ROOMS[room]
+                assert allowed, f"{file.name}:{line} imports {target}, {room} may not"
+    assert seen == ROOMS.keys()
+
+
+@pytest.mark.parametrize("room", ["projections", "passes", "training", "reading"])
+def test_no_circle_within_a_room(room: str):
+    """Files of one room import each other in one direction."""
+    folder = ROOT / ("passes" if room == "passes" else f"compact_fx/{room}")
+    graph: dict[str, set[str]] = {}
+    for file in folder.glob("*.py"):
+        own = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("compact_fx."):
+                parts = (node.module or "").split(".")[1:]
+                if parts[0] == room:
+                    names = parts[1:2] or [alias.name for alias in node.names]
+                    own |= set(names)
+        graph[file.stem] = own - {file.stem}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
 
 @pytest.mark.parametrize(("version", "fine"), [("2.10.1", False), ("2.9", False), ("2.11.0", True)])

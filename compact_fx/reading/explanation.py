@@ -105,6 +105,7 @@ def explain(
     optimizer: str = "adamw",
     loss: Callable[[Any], Tensor] | None = None,
     like_eager: bool = False,
+    config: CompactConfig | None = None,
     **kwargs: Any,
 ) -> Explanation:
     """What a backend with these settings would do to a model, and what a step would take.
@@ -119,6 +120,7 @@ def explain(
             otherwise the sum of the first tensor in it.
         like_eager: cut graphs as eager autograd would, in place of torch.compile's choice, which
             recomputes much; to see the paper's picture (its Table 6, with `recompute=False`).
+        config: all settings; every keyword then goes to the model, also one named as a setting.
         kwargs: fields of `CompactConfig`, such as `rank=0.25`; all others go to the model.
 
     Raises:
@@ -128,8 +130,8 @@ def explain(
     """
     if optimizer not in STATES:
         raise ValueError(f"optimizer={optimizer!r} must be one of {', '.join(map(repr, STATES))}")
-    names = {field.name for field in fields(CompactConfig)}
-    config = config_from({k: v for k, v in kwargs.items() if k in names})
+    names = {field.name for field in fields(CompactConfig)} if config is None else set()
+    config = config or config_from({k: v for k, v in kwargs.items() if k in names})
     inputs = {k: v for k, v in kwargs.items() if k not in names}
     _check_arguments(model, inputs, names, given=names & kwargs.keys())
     breaks = _torch.graph_breaks()
@@ -183,7 +185,7 @@ def _check_arguments(
     if both:
         raise TypeError(
             f"{', '.join(both)}: settings of the backend and arguments of the model's forward; "
-            "pass the model's by position, and the setting through functools.partial or a wrapper"
+            "give the settings as config=CompactConfig(...), and all keywords go to the model"
         )
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return

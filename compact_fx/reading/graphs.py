@@ -10,7 +10,7 @@ from torch import fx
 from compact_fx import _torch
 from compact_fx.passes.apply_plan import apply_plan, rewrite
 from compact_fx.passes.joint_graph import JointGraph
-from compact_fx.passes.nodes import is_relabelling
+from compact_fx.passes.nodes import is_relabelling, source_line
 from compact_fx.passes.partition import Partition, partition
 from compact_fx.plan import Plan
 from compact_fx.projections import RANDOM_PROJECTION
@@ -100,7 +100,7 @@ def text_of(module: fx.GraphModule) -> list[str]:
         else:
             call = f"{_torch.operator_name(node)}({arguments})"
             line = f"{node.name}: {_torch.type_of(node)} = {call}"
-        source = _torch.source_line(node)
+        source = source_line(node)
         lines.append(f"{line}  # {source}" if source else line)
     return lines
 

@@ -11,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from compact_fx import _torch
 from compact_fx.passes.joint_graph import JointGraph
-from compact_fx.passes.nodes import bytes_of, is_tensor, storage_of
+from compact_fx.passes.nodes import bytes_of, is_tensor, operator_base, storage_of
 from compact_fx.passes.partition import Partition
 
 Phase = Literal["forward", "backward", "optimizer"]
@@ -339,11 +339,11 @@ _SCATTERS |= {"_unsafe_index_put", "constant_pad_nd", "slice_scatter", "select_s
 def _is_fused(node: fx.Node) -> bool:
     """Whether Inductor can compute one element of the result wherever it is read."""
     tags = getattr(node.target, "tags", ())
-    name = _torch.operator_base(node)
+    name = operator_base(node)
     return torch.Tag.pointwise in tags or name in _MADE_ON_THE_FLY
 
 
 def _reads_on_the_fly(node: fx.Node) -> bool:
     """Whether the operator's kernel can compute what it reads."""
-    name = _torch.operator_base(node)
+    name = operator_base(node)
     return _is_fused(node) or name in _REDUCTIONS or name in _SCATTERS

@@ -1,409 +1,23 @@
-"""Optimizers that step sketched gradients in the space of their factors (paper, Algorithm 3)."""
+"""Optimizers that step sketched gradients in the space of their factors."""
 
 import functools
 import inspect
-import warnings
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compact_fx.projections import Basis
-from compact_fx.training import moments
-from compact_fx.training.gradients import ConsumedGrad, SketchedGrad
-from compact_fx.training.moments import REFRESHES, Refresh
-from compact_fx.training.weights import (
-    known_record,
-    record_of,
-    restore_steps,
-    use_gradients,
-)
+from compact_fx.training.moments import Refresh
+from compact_fx.training.stand_ins import CompactOptimizer, Rule
 
-
-@dataclass(frozen=True)
-class _Rule:
-    """How a class of optimizers updates a tensor.
-
-    Attributes:
-        decoupled: whether its weight decay is; None if nobody knows.
-        is_relative: whether its updates are relative to the tensor's size (Adafactor).
-    """
-
-    decoupled: bool | None
-    is_relative: bool = False
-
-
-_RULES: dict[type[torch.optim.Optimizer], _Rule] = {
-    torch.optim.AdamW: _Rule(decoupled=True),
-    torch.optim.Adafactor: _Rule(decoupled=True, is_relative=True),
-    torch.optim.Adam: _Rule(decoupled=False),
-    torch.optim.SGD: _Rule(decoupled=False),
-    torch.optim.RMSprop: _Rule(decoupled=False),
+_RULES: dict[type[torch.optim.Optimizer], Rule] = {
+    torch.optim.AdamW: Rule(decoupled=True),
+    torch.optim.Adafactor: Rule(decoupled=True, is_relative=True),
+    torch.optim.Adam: Rule(decoupled=False),
+    torch.optim.SGD: Rule(decoupled=False),
+    torch.optim.RMSprop: Rule(decoupled=False),
 }
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """Of one compact optimizer."""
-
-    refresh: Refresh
-    state_dtype: torch.dtype | None
-    step_in_backward: bool
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One sketched weight in one step: a stand-in of the factor's shape takes its place."""
-
-    weight: Tensor
-    stand_in: Tensor
-    basis: Basis
-    group: dict[str, Any]
-
-
-class CompactOptimizer(torch.optim.Optimizer):
-    """What turns an optimizer class into one that steps factors; use it through a subclass.
-
-    Each weight with a `SketchedGrad` is replaced, for the inner step, by a stand-in: zeros of the
-    factor's shape whose gradient is the factor. The inner optimizer keeps its state for it and
-    writes its update into it; the weight then becomes
-    `(1 - lr · weight_decay) · W + scale · update Pᵀ`, in one pass. Dense weights are stepped as
-    they are. A dense gradient of a weight whose state is sketched is used as G P.
-    """
-
-    _inner_step: Callable[[torch.optim.Optimizer], Any]
-    _rule: _Rule
-    _settings: _Settings
-
-    def _set_up(self, scale: float, dense_scale: float, refresh: Refresh, **settings: Any) -> None:
-        if refresh not in REFRESHES:
-            raise ValueError(
-                f"refresh={refresh!r} must be one of {', '.join(map(repr, REFRESHES))}"
-            )
-        self._settings = _Settings(refresh=refresh, **settings)
-        dtype = self._settings.state_dtype
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"state_dtype={dtype} must be a floating-point type")
-        self._bases: dict[Tensor, Basis] = {}  # of the sketched weights' states
-        self._warned: set[str] = set()
-        self.defaults.update(scale=scale, dense_scale=dense_scale)
-        for group in self.param_groups:
-            self._set_up_group(group)
-
-    def _set_up_group(self, group: dict[str, Any]) -> None:
-        for name in ("scale", "dense_scale"):
-            group.setdefault(name, self.defaults[name])
-        self._check_group(group)
-        if self._step_in_backward:
-            for weight in group["params"]:
-                self._step_after_backward(weight)
-
-    def _check_group(self, group: Mapping[str, Any]) -> None:
-        for name in ("scale", "dense_scale"):
-            if not group.get(name, 1.0) > 0:
-                raise ValueError(f"{name}={group[name]!r} must be > 0")
-        if group.get("weight_decay") and self._is_decoupled(group) is None:
-            raise ValueError(
-                f"weight_decay={group['weight_decay']}: it is not known whether that of "
-                f"{type(self).__name__} is decoupled; pass decoupled_weight_decay=True or False"
-            )
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As any optimizer; a group may have its own `scale` and `dense_scale`."""
-        super().add_param_group(param_group)
-        if "scale" in self.defaults:  # torch also calls this before there are defaults of ours
-            self._set_up_group(self.param_groups[-1])
-
-    def _is_decoupled(self, group: Mapping[str, Any]) -> bool | None:
-        own: bool | None = group.get("decoupled_weight_decay", self._rule.decoupled)
-        return own
-
-    @property
-    def _step_in_backward(self) -> bool:
-        return self._settings.step_in_backward
-
-    # --- one step --------------------------------------------------------------------------------
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One optimizer step; see the class.
-
-        Raises:
-            ValueError: a weight's state is of another rank, kind or seed than its gradient.
-                Nothing has been changed then.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if self._step_in_backward:
-            for group in self.param_groups:
-                for weight in group["params"]:
-                    if isinstance(weight.grad, ConsumedGrad):
-                        weight.grad = None
-        self._step(self.param_groups)
-        return loss
-
-    @torch.no_grad()
-    def _step(self, groups: Sequence[dict[str, Any]]) -> None:
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.item():  # GradScaler skips a fused step like this
-            return
-        factors: dict[Tensor, tuple[Tensor, Basis]] = {}
-        for group in groups:
-            for weight in group["params"]:
-                found = self._factor_of(weight)
-                if found is not None:
-                    self._check_state(weight, found[1])
-                    factors[weight] = found
-        steps: list[_Step] = []
-        try:
-            self._run_inner_step(self._inner_groups(groups, factors, steps))
-        finally:
-            for step in steps:
-                self._bases[step.weight] = step.basis
-                names = moments.names_of(step.basis)
-                self.state[step.weight] = {**self.state.pop(step.stand_in, {}), **names}
-        for step in steps:
-            self._update(step)
-
-    def _inner_groups(
-        self,
-        groups: Sequence[dict[str, Any]],
-        factors: Mapping[Tensor, tuple[Tensor, Basis]],
-        steps: list[_Step],
-    ) -> list[dict[str, Any]]:
-        """The inner optimizer's groups: stand-ins of sketched weights, and dense weights."""
-        inner: list[dict[str, Any]] = []
-        for group in groups:
-            stand_ins = []
-            for weight in group["params"]:
-                if weight in factors:
-                    factor, basis = factors[weight]
-                    stand_ins.append(self._stand_in(weight, factor, basis, group))
-                    steps.append(_Step(weight, stand_ins[-1], basis, group))
-            if stand_ins:
-                torch._foreach_zero_(stand_ins)  # a few launches, not one for each weight
-            dense = [weight for weight in group["params"] if weight not in factors]
-            lr = {"lr": group["lr"] * group["dense_scale"]} if "lr" in group else {}
-            inner.append({**group, "params": stand_ins, "weight_decay": 0.0})
-            inner.append({**group, "params": dense, **lr})
-        return inner
-
-    def _run_inner_step(self, groups: list[dict[str, Any]]) -> None:
-        outer, self.param_groups = self.param_groups, groups
-        try:
-            self._inner_step(self)
-        finally:
-            self.param_groups = outer
-
-    def _stand_in(
-        self, weight: Tensor, factor: Tensor, basis: Basis, group: dict[str, Any]
-    ) -> Tensor:
-        decay = group.get("weight_decay", 0.0)
-        if decay and not self._is_decoupled(group):
-            sign = -1 if group.get("maximize") else 1  # the inner optimizer negates what it gets
-            scale = getattr(self, "grad_scale", None)  # a fused one divides by it
-            coupled = basis.compress(weight).mul_(sign * decay)
-            factor = factor + (coupled if scale is None else coupled * scale)
-        dtype = self._settings.state_dtype or factor.dtype
-        stand_in = torch.empty_like(factor, dtype=dtype)
-        stand_in.grad = factor.to(dtype)
-        state = moments.without_names(self.state.get(weight, {}))
-        if weight in self._bases:  # may fail for want of memory
-            moments.carry(state, self._bases[weight], basis, self._settings.refresh)
-        self.state.pop(weight, None)
-        if state:
-            self.state[stand_in] = state
-        return stand_in
-
-    def _update(self, step: _Step) -> None:
-        weight, group = step.weight, step.group
-        keep = 1.0
-        if group.get("weight_decay") and self._is_decoupled(group):
-            keep = 1.0 - float(group["lr"]) * group["weight_decay"]
-        update = step.stand_in.to(weight.dtype)
-        if self._rule.is_relative:
-            smallest = group["eps"][1]
-            rms = weight.square().mean().sqrt()
-            update = update * (rms.clamp(min=smallest) / smallest)
-        step.basis.update_(weight, update, keep=keep, scale=group["scale"])
-
-    # --- which gradients are stepped as factors --------------------------------------------------
-
-    def _factor_of(self, weight: Tensor) -> tuple[Tensor, Basis] | None:
-        """The factor of a weight's gradient, None where it is stepped as it is."""
-        gradient = weight.grad
-        if gradient is None:
-            return None
-        known = self._basis_for(weight)
-        if isinstance(gradient, SketchedGrad):
-            if gradient.factor is None and known is None and self.state.get(weight):
-                weight.grad = gradient.to_dense()
-                return None
-            if gradient.is_written:
-                self._warn(weight, "is dense since something wrote into it (clip_grad_value_, say)")
-            elif gradient.factor is None:
-                self._warn(weight, "has a dense part")
-            return gradient.to_factor(), gradient.basis
-        if known is None:
-            return None
-        record = known_record(weight)
-        if record is not None and record.group is not None and not record.is_factor:
-            raise ValueError(
-                f"the gradient of a weight of shape {tuple(weight.shape)} is dense, its state is "
-                "sketched: its graph was compiled so that the gradient is dense (see the report); "
-                "use the settings that the state was made with, or a fresh optimizer"
-            )
-        if self.state.get(weight):  # else it is how checkpoints make a state to load into
-            self._warn(weight, "is dense: no sketch made it")
-        return known.compress(gradient), known
-
-    def _basis_for(self, weight: Tensor) -> Basis | None:
-        """What a dense gradient of a sketched weight is brought into."""
-        record = known_record(weight)
-        is_sketched = weight in self._bases or not self.state.get(weight)
-        if is_sketched and record is not None and record.is_factor:
-            return record.basis
-        return self._bases.get(weight)
-
-    def _warn(self, weight: Tensor, what: str) -> None:
-        if what not in self._warned:
-            self._warned.add(what)
-            warnings.warn(
-                f"the gradient of a weight of shape {tuple(weight.shape)} {what}: it is brought "
-                "into the space of the sketch and stepped there. "
-                "Clipping by norm, scaling, adding and reading leave gradients sketched",
-                stacklevel=2,
-            )
-
-    def _check_state(self, weight: Tensor, basis: Basis) -> None:
-        if not self.state.get(weight):
-            return
-        if weight not in self._bases:
-            raise ValueError(
-                f"the state of a weight of shape {tuple(weight.shape)} is dense, its gradient is "
-                f"sketched (rank {basis.projection.rank}): start with a fresh optimizer, or train "
-                "with dense ones"
-            )
-        moments.check(self._bases[weight], basis, tuple(weight.shape))
-
-    # --- stepping while backward runs ------------------------------------------------------------
-
-    def _step_after_backward(self, weight: Tensor) -> None:
-        reference = weakref.ref(self)  # the weight must not keep the optimizer alive
-
-        def step(weight: Tensor) -> None:
-            optimizer = reference()
-            if optimizer is None:
-                return
-            for group in optimizer.param_groups:
-                if any(weight is own for own in group["params"]):
-                    optimizer._step([{**group, "params": [weight]}])
-                    use_gradients(optimizer, [weight])
-            weight.grad = ConsumedGrad(weight)
-
-        def step_dense(weight: Tensor) -> None:
-            # Autograd also calls this where a graph gives the weight itself no gradient.
-            if not isinstance(weight.grad, SketchedGrad | ConsumedGrad | None):
-                step(weight)
-
-        step_dense.is_compact = True  # type: ignore[attr-defined]
-        weight.register_post_accumulate_grad_hook(step_dense)  # type: ignore[no-untyped-call]
-        record_of(weight).listener = step
-
-    # --- state -----------------------------------------------------------------------------------
-
-    def _numbered(self) -> Iterator[tuple[int, Tensor]]:
-        """All weights with their numbers in a saved state."""
-        return enumerate(w for group in self.param_groups for w in group["params"])
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain numbers only; with each weight's projection and steps by name."""
-        bare: dict[int, dict[str, Any]] = {}  # of weights that have no state: no entry here either
-        for number, weight in self._numbered():
-            record = known_record(weight)
-            if record is not None and record.group is not None:
-                names = moments.names_of(None, record.steps)
-                if self.state.get(weight):
-                    self.state[weight].update(names)
-                else:
-                    bare[number] = names
-        whole = super().state_dict()
-        return {**whole, "state": {**bare, **whole["state"]}}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state; moments are cast to `state_dtype`, or the weight's dtype.
-
-        Raises:
-            ValueError: something in it cannot be; nothing has been changed then.
-        """
-        for group in state_dict["param_groups"]:
-            self._check_group(group)
-        # By number and not by name: that is how torch matches them.
-        names = [name for group in state_dict["param_groups"] for name in group["params"]]
-        weights = [weight for _, weight in self._numbered()]
-        if len(names) != len(weights):
-            super().load_state_dict(state_dict)  # raises
-        steps: dict[Tensor, int] = {}
-        bases: dict[Tensor, Basis] = {}
-        plain: dict[Any, Any] = {k: v for k, v in state_dict["state"].items() if k not in names}
-        for name, weight in zip(names, weights, strict=True):
-            if name in state_dict["state"]:
-                saved = state_dict["state"][name]
-                basis, steps[weight] = moments.restored(saved, weight)
-                if basis is not None:
-                    bases[weight] = basis
-                plain[name] = moments.without_names(saved)
-            else:
-                steps[weight] = 0
-        super().load_state_dict({**state_dict, "state": plain})
-        for group in self.param_groups:
-            for key in ("scale", "dense_scale"):
-                group.setdefault(key, self.defaults[key])
-        self._bases = bases
-        for name, weight in zip(names, weights, strict=True):
-            if weight in bases:
-                self._copy_moments(weight, plain[name])
-                self.state[weight].update(moments.names_of(bases[weight], steps[weight]))
-            elif not self.state.get(weight, True):
-                del self.state[weight]  # it held no more than the steps of the weight
-        self._restore_records(
-            {w: n for w, n in steps.items() if known_record(w) or (n and w.dim() > 1)}
-        )
-
-    def _restore_records(self, steps: dict[Tensor, int]) -> None:
-        """Weights go on where these steps and the bases of their states say."""
-        for weight, basis in self._bases.items():
-            record_of(weight).restore_salt(basis.projection.salt)
-        restore_steps(steps)
-
-    def _copy_moments(self, weight: Tensor, saved: Mapping[str, Any]) -> None:
-        """Tensors of its own, on the weight's device, rounded once."""
-        dtype = self._settings.state_dtype or weight.dtype
-        for entry, value in saved.items():
-            if isinstance(value, Tensor) and entry != "step":
-                wanted = dtype if value.is_floating_point() else value.dtype
-                copied = value.detach().to(weight.device, wanted, copy=True)
-                self.state[weight][entry] = copied
-
-    def __getstate__(self) -> dict[str, Any]:
-        records = {weight: known_record(weight) for _, weight in self._numbered()}
-        steps = {w: record.steps for w, record in records.items() if record is not None}
-        own = {"settings": self._settings, "bases": self._bases, "steps": steps}
-        return {**super().__getstate__(), "compact": own}  # type: ignore[no-untyped-call]
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        own = state.pop("compact", None)
-        super().__setstate__(state)
-        if own is not None:  # a copy; torch also calls this to load a state
-            self._settings, self._bases, self._warned = own["settings"], own["bases"], set()
-            self._restore_records(own["steps"])
-            if self._step_in_backward:
-                for _, weight in self._numbered():
-                    self._step_after_backward(weight)
 
 
 class CompactAdamW(CompactOptimizer, torch.optim.AdamW):
@@ -485,12 +99,12 @@ def compact_optimizer(
             f"optimizer_class={optimizer_class!r} must be a class of optimizers, such as "
             "torch.optim.SGD"
         )
-    rule = _RULES.get(optimizer_class, _Rule(decoupled=decoupled_weight_decay))
+    rule = _RULES.get(optimizer_class, Rule(decoupled=decoupled_weight_decay))
     if "decoupled_weight_decay" in inspect.signature(optimizer_class).parameters:
         if decoupled_weight_decay is not None:
             kwargs["decoupled_weight_decay"] = decoupled_weight_decay
     elif decoupled_weight_decay is not None:
-        rule = _Rule(decoupled_weight_decay, rule.is_relative)
+        rule = Rule(decoupled_weight_decay, rule.is_relative)
     if not rule.is_relative:
         _check_updates(optimizer_class, kwargs)
     optimizer: CompactOptimizer = _compact_class(optimizer_class, rule)(params, **kwargs)  # type: ignore[arg-type]
@@ -500,7 +114,7 @@ def compact_optimizer(
 
 
 @functools.cache
-def _compact_class(optimizer_class: type[torch.optim.Optimizer], rule: _Rule) -> Any:
+def _compact_class(optimizer_class: type[torch.optim.Optimizer], rule: Rule) -> Any:
     def __reduce_ex__(self: CompactOptimizer, protocol: Any) -> Any:
         return _bare, (optimizer_class, rule), self.__getstate__()
 
@@ -513,7 +127,7 @@ def _compact_class(optimizer_class: type[torch.optim.Optimizer], rule: _Rule) ->
     return type(name, (CompactOptimizer, optimizer_class), members)
 
 
-def _bare(optimizer_class: type[torch.optim.Optimizer], rule: _Rule) -> Any:
+def _bare(optimizer_class: type[torch.optim.Optimizer], rule: Rule) -> Any:
     """For copies and pickles: an optimizer that gets its state next."""
     compact_class = _compact_class(optimizer_class, rule)  # type: ignore[arg-type]
     return compact_class.__new__(compact_class)

@@ -44,6 +44,7 @@ class Group:
         here = self.root()
         other = here if record.group is None else record.group.root()
         if other is not here:
+            _note_change()
             other._merged_into = here
             here._members |= other._members
         here._members.add(record)
@@ -113,8 +114,13 @@ _changes = 0
 
 
 def changes() -> int:
-    """How often the steps of any weight have changed; what depends on them stays until then."""
+    """How often steps or groups have changed; what depends on them stays the same until then."""
     return _changes
+
+
+def _note_change() -> None:
+    global _changes
+    _changes += 1
 
 
 def known_record(weight: Tensor) -> WeightRecord | None:
@@ -151,8 +157,7 @@ def _on_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 def use_gradients(optimizer: Optimizer, weights: Iterable[Tensor]) -> None:
     """An optimizer has made a step with the gradients of these weights."""
-    global _changes
-    _changes += 1
+    _note_change()
     unsketched: set[Watch] = set()
     for weight in weights:
         if weight.grad is not None and (record := _records.get(weight)) is not None:
@@ -174,8 +179,7 @@ def count_step(weights: Iterable[Tensor]) -> None:
     Args:
         weights: such as `model.parameters()`.
     """
-    global _changes
-    _changes += 1
+    _note_change()
     for weight in weights:
         record_of(weight).count()
 
@@ -205,8 +209,7 @@ def set_steps(weights: Iterable[Tensor], steps: int) -> None:
 
 def restore_steps(steps: dict[Tensor, int]) -> None:
     """Weights have seen these many steps, whatever was known before."""
-    global _changes
-    _changes += 1
+    _note_change()
     for weight, number in steps.items():
         record = record_of(weight)
         record.steps, record.in_graph = number, False

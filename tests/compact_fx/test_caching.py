@@ -60,7 +60,11 @@ def test_caches_hit_and_miss_when_they_must(run, tmp_path: Path):
     assert warm["gradient"] == cold["gradient"]
     assert run(rank=0.5)["aot"] == [0, 1]
     assert run(rank=0.25, projection="rademacher")["aot"] == [0, 1]
-    assert run(rank=0.25, seed=1)["gradient"] != cold["gradient"]
+    # What no plan depends on: hits, with the right gradients.
+    other_seed = run(rank=0.25, seed=1, update_interval=7)
+    assert other_seed["aot"] == [1, 0]
+    assert other_seed["gradient"] != cold["gradient"]
+    assert run(rank=16)["aot"] == [1, 0]  # the same columns as 0.25 of 64
 
     # A pass edited in a copy of the package: the same graph, settings and torch, other source.
     import compact_fx

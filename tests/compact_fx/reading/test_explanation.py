@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
-from compact_fx import CannotCompact, CompactAdamW, compact_backend, explain
+from compact_fx import CannotCompact, CompactAdamW, CompactConfig, compact_backend, explain
 from compact_fx.reading.explanation import COMPILED, DENSE, SKETCHED, VARIANTS
 
 
@@ -411,6 +411,9 @@ def test_names_that_mean_two_things_are_refused():
 
     with pytest.raises(TypeError, match="rank: settings of the backend and arguments"):
         explain(Ranked(64, 64), torch.zeros(8, 64), rank=3)
+    config = CompactConfig(rank=0.5, inner="aot_eager")  # then all keywords are the model's
+    found = explain(Ranked(64, 64), torch.zeros(8, 64), config=config, rank=3)
+    assert [site.rank for site in found.report.plans[0].sites] == [32]
     with pytest.raises(TypeError, match="'rnk' is neither an argument"):
         explain(nn.Linear(64, 64), torch.zeros(8, 64), rnk=3)
 

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -222,3 +223,31 @@ def test_checkpoints_draw_once_a_generation(monkeypatch, use_reentrant):
         optimizer.step()
         steps.append(len(calls))
     assert steps[1:] == [0, 0, 1, 0, 0]
+
+
+def test_weights_that_meet_have_one_projection_from_then_on():
+    """Also in graphs that ran before in the same step."""
+    first, second = weight_of(), weight_of()
+    alone = GraphInputs(plan_of(11), 0, 1, Watch()), GraphInputs(plan_of(12), 0, 1, Watch())
+    keys = alone[0]([first]), alone[1]([second])
+    assert values(keys[0]) != values(keys[1])
+    shared = replace(plan_of(13), inputs=(ProjectionInput(projection=0, owners=(0, 1)),))
+    together = GraphInputs(shared, 0, 1, Watch())([first, second])
+    assert values(together) == values(keys[0])
+    assert values(alone[0]([first])) == values(alone[1]([second])) == values(together)
+
+
+def test_a_projection_changes_with_the_most_stepped_of_its_weights():
+    """One that is frozen, or in no graph for a while, does not hold it back."""
+    first, second = weight_of(), weight_of()
+    shared = replace(plan_of(13), inputs=(ProjectionInput(projection=0, owners=(0, 1)),))
+    inputs = GraphInputs(shared, 0, 2, Watch())
+    before = values(inputs([first, second]))
+    optimizer = torch.optim.SGD([second], lr=0.1)
+    optimizer.step()
+    assert values(inputs([first, second])) == before
+    optimizer.step()
+    changed = values(inputs([first, second]))
+    assert changed != before
+    alone = GraphInputs(plan_of(13), 0, 2, Watch())
+    assert values(alone([first])) == changed
