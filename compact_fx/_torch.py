@@ -36,7 +36,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
 from torch._logging._internal import trace_structured
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import _BoxedCodeGen
 from torch.utils._dtype_abbrs import dtype_abbrs
@@ -233,6 +233,11 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operator that is run under it; see `__torch_dispatch__`."""
 
 
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has a shape and no data."""
+    return isinstance(tensor, FakeTensor)
+
+
 def fake_mode() -> contextlib.AbstractContextManager[Any]:
     """Tensors made under this have a shape and no data."""
     return FakeTensorMode(allow_non_fake_inputs=True)
@@ -402,6 +407,8 @@ def compile_graph(
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
 
+    # Dynamo's DDPOptimizer looks at this to know that the graph goes through AOTAutograd.
+    counters["aot_autograd"]["total"] += 1
     return aot_module_simplified(  # type: ignore[no-any-return]
         module,
         example_inputs,

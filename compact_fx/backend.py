@@ -15,6 +15,7 @@ from compact_fx.compiler import GraphCompiler
 from compact_fx.config import CompactConfig, config_from
 from compact_fx.errors import CannotCompact
 from compact_fx.passes.joint_graph import JointGraph
+from compact_fx.passes.list_sites import CHOSEN
 from compact_fx.plan import Plan
 from compact_fx.reading.graphs import CompactedGraphs, named
 from compact_fx.reading.report import CompactionReport
@@ -130,7 +131,8 @@ class CompactBackend:
         if reasons and not plan.sketched:
             reason = f"nothing is sketched in a graph: {'; '.join(reasons)}"
             warnings.warn(reason, stacklevel=3)
-            return self._counted(compiled, reason)
+            if not CHOSEN.issuperset(reasons):
+                return self._counted(compiled, reason)
         return compiled
 
     def _check_patterns(self, plan: Plan) -> None:

@@ -152,7 +152,7 @@ class GraphCompiler:
     def _compile_plan(self, plan: Plan, watch: Watch) -> Callable[..., Any]:
         inputs = GraphInputs(plan, self._config.seed, self._config.update_interval, watch)
         module = _torch.copy_graph_module(self._module)
-        extra = inputs(self._example_inputs)
+        extra = inputs.examples(self._example_inputs)
         for number in range(len(extra)):
             _torch.append_placeholder(module, f"compact_input_{number}")
         module.recompile()

@@ -13,6 +13,9 @@ from compact_fx.passes.joint_graph import JointGraph
 from compact_fx.plan import FactorInput, Plan, ProjectionInput, Site
 from compact_fx.projections import Projection, salt_of
 
+CHOSEN = {"not in include", "in exclude", "no pattern of rank matches"}
+"""Reasons that a person gave."""
+
 Uses = Mapping[tuple[int, int], Use]
 """By a site's index and use."""
 

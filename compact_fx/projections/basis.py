@@ -1,7 +1,7 @@
 """One P at one version: what a factor is expressed in."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,6 +41,11 @@ class Basis:
     def key(self) -> int:
         """63-bit number that P is drawn from."""
         return fold_in(self.seed, self.projection.salt, self.generation)
+
+    def is_same_draw(self, other: "Basis") -> bool:
+        """Whether the other is the same P, up to rounding to another dtype."""
+        mine = replace(self.projection, dtype=other.projection.dtype)
+        return replace(self, projection=mine) == other
 
     def along(self, dim: int) -> "Basis":
         """The same P for a weight that has in_features in another dimension."""
@@ -102,6 +107,11 @@ class Basis:
         shape = [*factor.shape]
         shape[self.dim] = self.projection.in_features
         return tuple(shape)
+
+    def factor_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the factor of a weight of this shape."""
+        rank = self.projection.rank
+        return tuple(rank if i == self.dim else size for i, size in enumerate(shape))
 
     def expand(self, factor: Tensor) -> Tensor:
         """The dense matrix of a factor: factor Pᵀ, or P factor where in_features come first."""

@@ -127,6 +127,10 @@ class Projection:
         """The same from another salt."""
         return self if salt == self.salt else replace(self, salt=salt)
 
+    def canonical(self) -> "Projection":
+        """The same where its dtype makes no difference: ±1 and 0 are exact in all of them."""
+        return replace(self, dtype=torch.float32) if self.kind == "countsketch" else self
+
     def empty_source(self, like: Tensor) -> Tensor:
         """Of the shape and dtype of `source`, on the device of `like`; values undefined."""
         if self.kind == "countsketch":

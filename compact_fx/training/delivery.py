@@ -36,14 +36,18 @@ def refuse_hooks(weights: Iterable[Tensor]) -> None:
             )
 
 
+def empty_leaf(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A leaf of this shape, with one element."""
+    return weight.detach().new_zeros(1).expand(shape).requires_grad_()
+
+
 def leaf_of(weight: Tensor, shape: tuple[int, ...], basis: Basis) -> Tensor:
     """A leaf of the factor's shape, without memory of its own, that delivers in this basis.
 
     A changed projection gets another leaf: a backward pass that comes late still delivers its
     gradient in the basis of its forward.
     """
-    leaf = torch.zeros(1, dtype=weight.dtype, device=weight.device).expand(shape)
-    leaf.requires_grad_()
+    leaf = empty_leaf(weight, shape)
     reference = weakref.ref(weight)
     leaf.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
         lambda leaf: _deliver(leaf, reference(), basis)

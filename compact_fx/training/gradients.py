@@ -317,8 +317,7 @@ def _zero_in_place(gradient: Any) -> Any:
         return NotImplemented
     contents = gradient._contents
     if contents.factor is None:  # zeros need not be dense
-        shape = [*gradient.shape]
-        shape[contents.basis.dim] = contents.basis.projection.rank
+        shape = contents.basis.factor_shape(gradient.shape)
         contents.factor = torch.zeros(shape, dtype=gradient.dtype, device=gradient.device)
     contents.factor.zero_()
     contents.rest, contents.dense, contents.is_blank = None, None, True

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from compact_fx import _torch
-from compact_fx.plan import Plan
+from compact_fx.plan import FactorInput, Plan
 from compact_fx.projections import Basis
-from compact_fx.training.delivery import leaf_of, refuse_distributed, refuse_hooks
+from compact_fx.training.delivery import empty_leaf, leaf_of, refuse_distributed, refuse_hooks
 from compact_fx.training.watch import Watch
 from compact_fx.training.weights import Group, WeightRecord, changes, record_of
 
@@ -32,9 +32,22 @@ class GraphInputs:
         self._indices = tuple(dict.fromkeys(i for p in plan.projection_inputs for i in p.owners))
         self._last: dict[tuple[int, ...], _Entry] = {}  # by ids of weights
 
+    def examples(self, arguments: Sequence[Any]) -> list[Tensor]:
+        """Tensors like those of a call, to trace the graph with; weights may be fake ones."""
+        examples = []
+        for role in self._plan.inputs:
+            if isinstance(role, FactorInput):
+                examples.append(empty_leaf(arguments[role.index], role.shape))
+            else:
+                projection = self._plan.projections[role.projection]
+                examples.append(projection.empty_source(arguments[role.owners[0]]))
+        return examples
+
     def __call__(self, arguments: Sequence[Any]) -> list[Tensor]:
         """A source for each projection and a leaf for each factor, in the plan's order."""
         weights = [arguments[index] for index in self._indices]
+        if _torch.is_fake(weights[0]):  # Dynamo's DDPOptimizer asks what comes out of a graph
+            return self.examples(arguments)
         ids = tuple(map(id, weights))
         entry = self._last.get(ids)
         if entry is not None and not entry.is_of(weights):
@@ -50,6 +63,8 @@ class GraphInputs:
             refuse_hooks(arguments[role.index] for role in self._factors)
         for record in entry.records:
             record.in_graph = True
+        for record in entry.dense_records:
+            record.in_dense_graph = True
         if recomputes:
             for role, basis in zip(self._factors, entry.factor_bases, strict=True):
                 record_of(arguments[role.index]).recomputed = basis
@@ -87,6 +102,7 @@ class GraphInputs:
         entry = _Entry(
             references=[weakref.ref(weight) for weight in weights],
             records=list(records.values()),
+            dense_records=[record for record in records.values() if not record.is_factor],
             changes=now,
             groups=groups,
             versions=versions,
@@ -115,7 +131,7 @@ class GraphInputs:
     ) -> Basis:
         """A projection in this version; the same object that other graphs have."""
         salt, generation = version
-        projection = self._plan.projections[number].with_salt(salt)
+        projection = self._plan.projections[number].with_salt(salt).canonical()
         basis = Basis(projection=projection, seed=self._seed, generation=generation, dim=1)
         for record in owners:
             if record.basis is not None and record.basis.along(1) == basis:
@@ -148,6 +164,7 @@ class _Entry:
 
     references: "list[weakref.ref[Tensor]]"
     records: list[WeightRecord]
+    dense_records: list[WeightRecord]
     changes: int
     groups: list[Group]
     versions: list[tuple[int, int]]

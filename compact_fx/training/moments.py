@@ -48,7 +48,7 @@ def check(state: Basis, gradient: Basis, shape: tuple[int, ...]) -> None:
 
 def carry(state: dict[str, Any], old: Basis, new: Basis, refresh: Refresh) -> None:
     """Bring a state into another basis: as it is, projected, or not at all."""
-    if old == new or refresh == "keep":
+    if old.is_same_draw(new) or refresh == "keep":
         return
     if refresh == "reset":
         state.clear()
@@ -102,15 +102,13 @@ def restored(state: Mapping[str, Any], weight: Tensor) -> tuple[Basis | None, in
     # torch's own optimizers have counted as well, if not for projections.
     steps = numbers.pop("steps", int(state.get("step", 0)))
     basis = _basis_of(numbers, weight, whose) if numbers else None
-    factor = [*weight.shape]
-    if basis is not None:
-        factor[basis.dim] = basis.projection.rank
+    factor = tuple(weight.shape) if basis is None else basis.factor_shape(weight.shape)
     for name, moment in without_names(state).items():
         if not isinstance(moment, Tensor) or moment.dim() != weight.dim():
             continue
         if any(size not in (1, own) for size, own in zip(moment.shape, factor, strict=True)):
             raise ValueError(
-                f"{whose} is damaged: {name} has shape {tuple(moment.shape)}, not {tuple(factor)}"
+                f"{whose} is damaged: {name} has shape {tuple(moment.shape)}, not {factor}"
             )
     return basis, steps
 

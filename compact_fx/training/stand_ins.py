@@ -227,6 +227,8 @@ class CompactOptimizer(torch.optim.Optimizer):
             if gradient.factor is None and known is None and self.state.get(weight):
                 weight.grad = gradient.to_dense()
                 return None
+            if gradient.factor is None and not gradient.is_written:
+                self._refuse_projected(weight)
             if gradient.is_written:
                 self._warn(weight, "is dense since something wrote into it (clip_grad_value_, say)")
             elif gradient.factor is None:
@@ -234,16 +236,20 @@ class CompactOptimizer(torch.optim.Optimizer):
             return gradient.to_factor(), gradient.basis
         if known is None:
             return None
-        record = known_record(weight)
-        if record is not None and record.group is not None and not record.is_factor:
-            raise ValueError(
-                f"the gradient of a weight of shape {tuple(weight.shape)} is dense, its state is "
-                "sketched: its graph was compiled so that the gradient is dense (see the report); "
-                "use the settings that the state was made with, or a fresh optimizer"
-            )
+        self._refuse_projected(weight)
         if self.state.get(weight):  # else it is how checkpoints make a state to load into
             self._warn(weight, "is dense: no sketch made it")
         return known.compress(gradient), known
+
+    def _refuse_projected(self, weight: Tensor) -> None:
+        """Raise where a dense gradient is G P Pᵀ already: it cannot be told from a G."""
+        record = known_record(weight)
+        if record is not None and record.in_dense_graph:
+            raise ValueError(
+                f"the gradient of a weight of shape {tuple(weight.shape)} is dense, its state is "
+                "sketched: a graph was compiled so that the gradient is dense (the report says "
+                "why); use the settings that the state was made with, or exclude the weight"
+            )
 
     def _basis_for(self, weight: Tensor) -> Basis | None:
         """What a dense gradient of a sketched weight is brought into."""

@@ -64,7 +64,8 @@ class WeightRecord:
         group: with which weights it shares a projection; None before its first graph.
         basis: the last that a graph has used for it.
         is_factor: whether its gradient is a factor.
-        in_graph: whether a sketched graph has run with it since its last step.
+        in_graph: whether a sketched graph has run with it since its last step, and
+        in_dense_graph: whether one that makes its gradient dense, G P Pᵀ, has.
         recomputed: what a checkpoint has recomputed in, until the gradient arrives.
         listener: called with the weight when a sketched gradient has arrived.
         watch: of the backend that compiled its graph.
@@ -77,6 +78,7 @@ class WeightRecord:
         self.basis: Basis | None = None
         self.is_factor = False
         self.in_graph = False
+        self.in_dense_graph = False
         self.recomputed: Basis | None = None
         self.listener: Callable[[Tensor], None] | None = None
         self.watch: Watch | None = None
@@ -97,7 +99,7 @@ class WeightRecord:
 
     def count(self) -> None:
         """One step more."""
-        self.in_graph = False
+        self.in_graph = self.in_dense_graph = False
         self.is_stepped = True
         self.steps += 1
 

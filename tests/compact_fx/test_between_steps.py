@@ -934,11 +934,13 @@ def test_several_buckets(process_group):
     reference, model = Wide(), Wide()
     x = torch.randn(32, 512)
     loss_of(reference(x)).backward()
-    compact = backend(rank=1.0, projection="orthogonal", strict=False)
+    compact = backend(rank=1.0, projection="orthogonal")
     step = torch.compile(DistributedDataParallel(model, bucket_cap_mb=1), backend=compact)
     for _ in range(2):
         model.zero_grad()
         loss_of(step(x)).backward()
+    assert len(compact.plans) > 1
+    assert all(plan.sketched for plan in compact.plans)
     for expected, actual in zip(reference.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-4, atol=1e-6)
 
@@ -970,3 +972,70 @@ def test_an_alias_has_its_own_data():
     assert gradient.factor is not None
     values = alias.to_dense() if isinstance(alias, SketchedGrad) else alias
     torch.testing.assert_close(values, torch.ones(gradient.shape))
+
+
+class PenalisedHead(nn.Module):
+    """One weight in two graphs; in the second its gradient has another part, and stays dense."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.shared = nn.Linear(64, 48)
+
+    def plain(self, x):
+        return self.shared(x).tanh()
+
+    def penalised(self, x):
+        return self.shared(x).tanh() + self.shared.weight.square().mean()
+
+
+@pytest.mark.parametrize("accumulated", [False, True])
+@pytest.mark.parametrize("dense_first", [False, True])
+def test_a_projected_gradient_is_not_projected_again(accumulated, dense_first):
+    """G P Pᵀ of a graph that makes it dense cannot be told from G: refused, nothing changed."""
+    model, compact = PenalisedHead(), sketching()
+    heads = [torch.compile(head, backend=compact) for head in (model.plain, model.penalised)]
+    for head in reversed(heads) if dense_first else heads:  # compiled in this order
+        loss_of(head(batch())).backward()
+        model.zero_grad()
+    optimizer = CompactAdamW(model.parameters(), lr=1e-2)
+    loss_of(heads[0](batch())).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if accumulated:
+        loss_of(heads[0](batch())).backward()
+    loss_of(heads[1](batch())).backward()
+    before = model.shared.weight.detach().clone()
+    with pytest.raises(ValueError, match="its state is sketched"):
+        optimizer.step()
+    assert torch.equal(model.shared.weight, before)
+
+
+@pytest.mark.parametrize("projection", ["countsketch", "gaussian"])
+def test_moments_stay_where_only_the_dtype_of_a_projection_changes(projection):
+    """With and without autocast by turns: the projection is one, and so is what it carries."""
+    model = Mlp()
+    step = torch.compile(model, backend=sketching(projection=projection))
+    optimizer = CompactAdamW(model.parameters(), lr=0.0, refresh="project")
+    norms = []
+    for number in range(8):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=number % 2 == 1):
+            loss = loss_of(step(batch()).float())
+        loss.backward()
+        optimizer.step()
+        norms.append(optimizer.state[model.first.weight]["exp_avg"].norm().item())
+    # Gradients are the same but for rounding: m = (1 - β₁ᵗ) g.
+    expected = [norms[0] * (1 - 0.9**t) / 0.1 for t in range(1, 9)]
+    assert norms == pytest.approx(expected, rel=0.02)
+
+
+def test_both_dtypes_of_a_countsketch_accumulate_as_one():
+    """±1 is exact in every dtype."""
+    model = Mlp()
+    step = torch.compile(model, backend=sketching())
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = loss_of(step(batch()).float())
+        loss.backward()
+    assert all(weight.grad.factor is not None for weight in model.sketched)

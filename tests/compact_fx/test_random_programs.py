@@ -730,9 +730,7 @@ class Judge:
         self.program = program
         self.verdict = Verdict(Counter(programs=1))
         self.exact = run(program, module_of(program))
-        fine = run(
-            program, module_of(program, full=torch.float64, half=torch.float64), full=torch.float64
-        )
+        fine = self.fine = self.in_float64()
         self.scale = max([g.norm().item() for g in self.exact.gradients.values()], default=1.0)
         # As far from the truth as rounding itself takes eager, but not less than these.
         least = 3e-2 if program.casts else 1e-4
@@ -741,6 +739,21 @@ class Judge:
             for name, gradient in self.exact.gradients.items()
         }
         self.tolerance = max(least, 8 * max(map(self.relative, self.exact.losses, fine.losses)))
+
+    def in_float64(self, backend: object = None) -> Result:
+        """A run without rounding to speak of."""
+        module = module_of(self.program, full=torch.float64, half=torch.float64)
+        if backend is None:
+            return run(self.program, module, full=torch.float64)
+        torch._dynamo.reset()
+        step = torch.compile(module, backend=backend, dynamic=self.program.dynamic)
+        return run(self.program, module, step, full=torch.float64)
+
+    def rounding_alone(self, settings: dict[str, object]) -> set[str]:
+        """Gradients that are right at full rank in float64, where rounding explains nothing."""
+        exact = settings | {"rank": 1.0, "projection": "orthogonal"}
+        found = self.in_float64(compact_backend(**exact, inner="aot_eager")).gradients
+        return {n for n, g in found.items() if self.error(g, self.fine.gradients[n]) < 1e-5}
 
     def relative(self, a: float, b: float) -> float:
         return abs(a - b) / (abs(b) + 1e-3)
@@ -826,6 +839,10 @@ class Judge:
                 counts.update(counted)
                 counts["wrong in torch.compile too"] += sum(name in theirs for name, _ in wrong)
                 wrong = [(name, text) for name, text in wrong if name not in theirs]
+        if wrong:
+            rounded = self.rounding_alone(settings)
+            counts["right in float64"] += sum(name in rounded for name, _ in wrong)
+            wrong = [(name, text) for name, text in wrong if name not in rounded]
         yield from (f"{name}: {text}" for name, text in wrong)
 
     def wrong(
