@@ -24,13 +24,18 @@ class Group:
 
     def __init__(self, salt: int) -> None:
         self.salt = salt
-        self._members: weakref.WeakSet[WeightRecord] = weakref.WeakSet()
+        self._members: list[weakref.ref[WeightRecord]] = []
         self._merged_into: Group | None = None
 
     @property
     def steps(self) -> int:
         """The most that one of the weights has seen; says which version the projection has."""
-        return max((record.steps for record in self._members), default=0)
+        most = 0
+        for reference in self._members:
+            record = reference()
+            if record is not None and record.steps > most:
+                most = record.steps
+        return most
 
     def root(self) -> "Group":
         """The group that this one has become."""
@@ -46,8 +51,9 @@ class Group:
         if other is not here:
             _note_change()
             other._merged_into = here
-            here._members |= other._members
-        here._members.add(record)
+            here._members += other._members
+        elif record.group is None:
+            here._members.append(weakref.ref(record))
         record.group = here
 
 
