@@ -8,13 +8,11 @@ Every measurement is a process of its own with an empty cache; the two alternate
 import argparse
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
 
@@ -65,7 +63,7 @@ def main() -> None:
         compile_once(args.once, args.device)
         return
 
-    import torch
+    from provenance import provenance
 
     seconds: dict[str, list[float]] = {"inductor": [], "compact": []}
     for _ in range(args.repeats):
@@ -75,12 +73,8 @@ def main() -> None:
     ratio = statistics.median(seconds["compact"]) / statistics.median(seconds["inductor"])
     print(f"compact / inductor: {ratio:.2f}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    cuda = args.device == "cuda"
     record = {
-        "device": torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
-        "command": shlex.join(["python", *sys.argv]),
+        **provenance(),
         "seconds": seconds,
         "ratio": ratio,
     }

@@ -5,14 +5,12 @@ python benchmarks/predicted_peak.py benchmarks/results/step.json benchmarks/resu
 
 import argparse
 import json
-import shlex
-import sys
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import provenance
 from step import VARIANTS, build, inputs_of, loss_of
 from tabulate import tabulate
 
@@ -62,10 +60,7 @@ def main() -> None:
             )
             print(rows[-1], flush=True)
     record = {
-        "predicted_on": "CPU",
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
-        "command": shlex.join(["python", *sys.argv]),
+        **provenance(),
         "rows": rows,
     }
     args.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -6,18 +6,17 @@ python benchmarks/projections.py --out benchmarks/results/projections.json
 import argparse
 import json
 import os
-import shlex
 import statistics
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from datetime import date
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import provenance
 from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -97,12 +96,8 @@ def main() -> None:
 
 def write(done: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """Everything so far as JSON."""
-    cuda = torch.cuda.is_available()
     record = {
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
-        "command": shlex.join(["python", *sys.argv]),
+        **provenance(),
         "runs": done,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -7,19 +7,17 @@ import argparse
 import gc
 import json
 import os
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")  # nothing stale
 
 import torch
+from provenance import provenance
 from tabulate import tabulate
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
@@ -211,10 +209,7 @@ def write(rows: list[dict[str, Any]], shape: dict[str, int], path: Path) -> None
             row["peak_ratio"] = row["peak_gb"] / base["peak_gb"]
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
-        "command": shlex.join(["python", *sys.argv]),
+        **provenance(),
         "shape": shape,
         "rows": rows,
     }
