@@ -299,6 +299,16 @@ def test_max_autotune(same_gradients):
     same_gradients(inner="inductor", mode="max-autotune")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_max_autotune_on_cuda(same_gradients):
+    """Triton's kernels against cuBLAS's, and CUDA graphs."""
+
+    def train(step, model):
+        step(batch(128, 64).cuda()).pow(2).mean().backward()
+
+    same_gradients(lambda: mlp().cuda(), train, inner="inductor", mode="max-autotune")
+
+
 def test_frozen_layers(same_gradients):
     def make():
         model = Blocks()
