@@ -267,6 +267,8 @@ def _densely(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     new_args = [convert(value, name in written) for name, value in named]
     new_kwargs = {name: convert(value, name in written) for name, value in kwargs.items()}
     result = func(*new_args, **new_kwargs)
+    if "_fused_" not in func.__name__:  # that an optimizer unscales them makes no new gradient
+        torch.autograd.graph.increment_version(owners.values())  # autograd does not, in lists
     return _torch.tree_map(lambda t: owners.get(id(t), t), result)
 
 
@@ -404,6 +406,7 @@ def _foreach_scale(func: Any) -> Callable[..., Any]:
         else:
             for gradient in gradients:
                 getattr(gradient, func)(numbers)
+        torch.autograd.graph.increment_version(gradients)
 
     return run
 
@@ -411,6 +414,7 @@ def _foreach_scale(func: Any) -> Callable[..., Any]:
 def _foreach_zero(gradients: Any) -> None:
     for gradient in gradients:
         gradient.zero_()
+    torch.autograd.graph.increment_version(gradients)
 
 
 def _unscale(gradients: Any, found_inf: Tensor, inverse_scale: Tensor) -> None:
@@ -423,6 +427,7 @@ def _unscale(gradients: Any, found_inf: Tensor, inverse_scale: Tensor) -> None:
         )
     ]
     aten._amp_foreach_non_finite_check_and_unscale_(plain, found_inf, inverse_scale)
+    torch.autograd.graph.increment_version(g for g in gradients if isinstance(g, SketchedGrad))
 
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
@@ -485,5 +490,5 @@ class ConsumedGrad(Tensor):
         raise RuntimeError(
             f"{func} on a gradient that step_in_backward=True has already used and freed: "
             "accumulation, clipping and scaling need step_in_backward=False; otherwise call "
-            "optimizer.step() or zero_grad() after each backward pass"
+            "optimizer.step() or zero_grad(set_to_none=True) after each backward pass"
         )

@@ -13,7 +13,9 @@ from compact_fx.plan import FactorInput, Plan
 from compact_fx.projections import Basis
 from compact_fx.training.delivery import empty_leaf, leaf_of, refuse_distributed, refuse_hooks
 from compact_fx.training.watch import Watch
-from compact_fx.training.weights import Group, WeightRecord, changes, record_of
+from compact_fx.training.weights import Group, WeightRecord, changes, known_record, record_of
+
+_recomputed: list[WeightRecord] = []  # since the last forward pass outside of a backward pass
 
 
 class GraphInputs:
@@ -30,6 +32,8 @@ class GraphInputs:
         self._watch = watch
         self._factors = plan.factor_inputs
         self._indices = tuple(dict.fromkeys(i for p in plan.projection_inputs for i in p.owners))
+        sketched = {site.index for site in plan.sketched}
+        self._left_alone = tuple({site.index for site in plan.sites} - sketched)
         self._last: dict[tuple[int, ...], _Entry] = {}  # by ids of weights
 
     def examples(self, arguments: Sequence[Any]) -> list[Tensor]:
@@ -67,8 +71,14 @@ class GraphInputs:
             record.in_dense_graph = True
         if recomputes:
             for role, basis in zip(self._factors, entry.factor_bases, strict=True):
-                record_of(arguments[role.index]).recomputed = basis
-        elif not entry.is_stepped:
+                record = record_of(arguments[role.index])
+                record.recomputed = basis
+                _recomputed.append(record)
+        elif _recomputed:  # a backward pass that wanted no gradients of weights
+            for record in _recomputed:
+                record.recomputed = None
+            _recomputed.clear()
+        if not (recomputes or entry.is_stepped):
             self._look_for_steps(entry, weights[0])
         return entry.inputs
 
@@ -78,6 +88,8 @@ class GraphInputs:
         now = changes()
         if old is not None and self._versions(old.groups) == old.versions:
             old.changes = now
+            for record, basis in zip(old.factor_records, old.factor_bases, strict=True):
+                record.basis = basis  # another graph may have had another since
             return old
         if old is None:  # a new set of weights: forget those that are gone
             self._last = {k: e for k, e in self._last.items() if e.is_alive()}
@@ -92,8 +104,11 @@ class GraphInputs:
         factor_bases = [bases[role.projection].along(role.dim) for role in self._factors]
         for record in records.values():
             record.watch, record.is_factor = self._watch, False
-        for role, basis in zip(self._factors, factor_bases, strict=True):
-            records[role.index].basis, records[role.index].is_factor = basis, True
+        factor_records = [records[role.index] for role in self._factors]
+        for record, basis in zip(factor_records, factor_bases, strict=True):
+            record.basis, record.is_factor = basis, True
+        others = [known_record(arguments[index]) for index in self._left_alone]
+        dense = [*records.values(), *(record for record in others if record is not None)]
         leaves = [
             leaf_of(arguments[role.index], role.shape, basis)
             for role, basis in zip(self._factors, factor_bases, strict=True)
@@ -102,7 +117,8 @@ class GraphInputs:
         entry = _Entry(
             references=[weakref.ref(weight) for weight in weights],
             records=list(records.values()),
-            dense_records=[record for record in records.values() if not record.is_factor],
+            dense_records=[record for record in dense if record not in factor_records],
+            factor_records=factor_records,
             changes=now,
             groups=groups,
             versions=versions,
@@ -150,7 +166,8 @@ class GraphInputs:
             return
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return
-        value = weight.detach().sum(dtype=torch.float64).item()
+        wide = torch.float32 if weight.device.type == "mps" else torch.float64
+        value = weight.detach().sum(dtype=wide).item()
         if entry.value is not None and value != entry.value:
             entry.changed += 1
         entry.value = value
@@ -165,6 +182,7 @@ class _Entry:
     references: "list[weakref.ref[Tensor]]"
     records: list[WeightRecord]
     dense_records: list[WeightRecord]
+    factor_records: list[WeightRecord]
     changes: int
     groups: list[Group]
     versions: list[tuple[int, int]]

@@ -12,6 +12,7 @@ Refresh = Literal["keep", "project", "reset"]
 REFRESHES: tuple[Refresh, ...] = ("keep", "project", "reset")
 
 _LINEAR = ("exp_avg", "momentum_buffer")  # what is linear in the gradient
+_MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}  # which a state has whole or not at all
 
 # In a saved state each is a 0-d int64 tensor: distributed checkpoints load tensors in place, and
 # torch.load takes them with weights_only=True.
@@ -48,7 +49,7 @@ def check(state: Basis, gradient: Basis, shape: tuple[int, ...]) -> None:
 
 def carry(state: dict[str, Any], old: Basis, new: Basis, refresh: Refresh) -> None:
     """Bring a state into another basis: as it is, projected, or not at all."""
-    if old.is_same_draw(new) or refresh == "keep":
+    if old is new or old.is_same_draw(new) or refresh == "keep":
         return
     if refresh == "reset":
         state.clear()
@@ -96,14 +97,19 @@ def restored(state: Mapping[str, Any], weight: Tensor) -> tuple[Basis | None, in
     numbers: dict[str, int] = {}
     for name, value in state.items():
         if name.startswith(_PREFIX):
-            if not isinstance(value, Tensor) or value.numel() != 1:
-                raise ValueError(f"{whose} is damaged: {name}={value!r} must be one number")
+            whole = isinstance(value, Tensor) and not value.is_floating_point()
+            if not whole or value.numel() != 1 or value < 0:
+                raise ValueError(f"{whose} is damaged: {name}={value!r} must be one int ≥ 0")
             numbers[name.removeprefix(_PREFIX)] = int(value)
     # torch's own optimizers have counted as well, if not for projections.
     steps = numbers.pop("steps", int(state.get("step", 0)))
     basis = _basis_of(numbers, weight, whose) if numbers else None
     factor = tuple(weight.shape) if basis is None else basis.factor_shape(weight.shape)
     for name, moment in without_names(state).items():
+        if name in _MOMENTS and (not isinstance(moment, Tensor) or moment.dim() != weight.dim()):
+            raise ValueError(
+                f"{whose} is damaged: {name} must be a tensor of {len(factor)} dimensions"
+            )
         if not isinstance(moment, Tensor) or moment.dim() != weight.dim():
             continue
         if any(size not in (1, own) for size, own in zip(moment.shape, factor, strict=True)):

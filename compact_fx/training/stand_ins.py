@@ -72,6 +72,7 @@ class CompactOptimizer(torch.optim.Optimizer):
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"state_dtype={dtype} must be a floating-point type")
         self._bases: dict[Tensor, Basis] = {}  # of the sketched weights' states
+        self._names: dict[Tensor, dict[str, Tensor]] = {}  # what they are called in saved ones
         self._warned: set[str] = set()
         self.defaults.update(scale=scale, dense_scale=dense_scale)
         for group in self.param_groups:
@@ -147,9 +148,7 @@ class CompactOptimizer(torch.optim.Optimizer):
             self._run_inner_step(self._inner_groups(groups, factors, steps))
         finally:
             for step in steps:
-                self._bases[step.weight] = step.basis
-                names = moments.names_of(step.basis)
-                self.state[step.weight] = {**self.state.pop(step.stand_in, {}), **names}
+                self._take_back_state(step)
         for step in steps:
             self._update(step)
 
@@ -158,9 +157,9 @@ class CompactOptimizer(torch.optim.Optimizer):
         groups: Sequence[dict[str, Any]],
         factors: Mapping[Tensor, tuple[Tensor, Basis]],
         steps: list[_Step],
-    ) -> list[dict[str, Any]]:
-        """The inner optimizer's groups: stand-ins of sketched weights, and dense weights."""
-        inner: list[dict[str, Any]] = []
+    ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Groups, each with one of the inner optimizer's: of stand-ins, or of dense weights."""
+        inner: list[tuple[dict[str, Any], dict[str, Any]]] = []
         for group in groups:
             stand_ins = []
             for weight in group["params"]:
@@ -172,16 +171,27 @@ class CompactOptimizer(torch.optim.Optimizer):
                 torch._foreach_zero_(stand_ins)  # a few launches, not one for each weight
             dense = [weight for weight in group["params"] if weight not in factors]
             lr = {"lr": group["lr"] * group["dense_scale"]} if "lr" in group else {}
-            inner.append({**group, "params": stand_ins, "weight_decay": 0.0})
-            inner.append({**group, "params": dense, **lr})
+            if stand_ins:
+                inner.append((group, {**group, "params": stand_ins, "weight_decay": 0.0}))
+            if dense or not stand_ins:
+                inner.append((group, {**group, "params": dense, **lr}))
         return inner
 
-    def _run_inner_step(self, groups: list[dict[str, Any]]) -> None:
-        outer, self.param_groups = self.param_groups, groups
+    def _run_inner_step(self, groups: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+        outer, self.param_groups = self.param_groups, [inner for _, inner in groups]
         try:
             self._inner_step(self)
         finally:
             self.param_groups = outer
+            for group, inner in groups:  # some classes count steps in their groups
+                kept = {k: v for k, v in inner.items() if k not in ("params", "lr", "weight_decay")}
+                group.update(kept)
+
+    def _take_back_state(self, step: _Step) -> None:
+        weight, basis = step.weight, step.basis
+        if self._bases.get(weight) is not basis or weight not in self._names:
+            self._bases[weight], self._names[weight] = basis, moments.names_of(basis)
+        self.state[weight] = {**self.state.pop(step.stand_in, {}), **self._names[weight]}
 
     def _stand_in(
         self, weight: Tensor, factor: Tensor, basis: Basis, group: dict[str, Any]
@@ -193,8 +203,10 @@ class CompactOptimizer(torch.optim.Optimizer):
             coupled = basis.compress(weight).mul_(sign * decay)
             factor = factor + (coupled if scale is None else coupled * scale)
         dtype = self._settings.state_dtype or factor.dtype
-        stand_in = torch.empty_like(factor, dtype=dtype)
-        stand_in.grad = factor.to(dtype)
+        # Fused kernels take for granted that gradients and moments are laid out alike.
+        factor = factor.to(dtype).contiguous()
+        stand_in = torch.empty_like(factor)
+        stand_in.grad = factor
         state = moments.without_names(self.state.get(weight, {}))
         if weight in self._bases:  # may fail for want of memory
             moments.carry(state, self._bases[weight], basis, self._settings.refresh)
@@ -315,7 +327,7 @@ class CompactOptimizer(torch.optim.Optimizer):
         bare: dict[int, dict[str, Any]] = {}  # of weights that have no state: no entry here either
         for number, weight in self._numbered():
             record = known_record(weight)
-            if record is not None and record.group is not None:
+            if record is not None and (record.group is not None or record.steps):
                 names = moments.names_of(None, record.steps)
                 if self.state.get(weight):
                     self.state[weight].update(names)
@@ -353,7 +365,7 @@ class CompactOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for key in ("scale", "dense_scale"):
                 group.setdefault(key, self.defaults[key])
-        self._bases = bases
+        self._bases, self._names = bases, {}
         for name, weight in zip(names, weights, strict=True):
             if weight in bases:
                 self._copy_moments(weight, plain[name])
@@ -374,7 +386,7 @@ class CompactOptimizer(torch.optim.Optimizer):
         """Tensors of its own, on the weight's device, rounded once."""
         dtype = self._settings.state_dtype or weight.dtype
         for entry, value in saved.items():
-            if isinstance(value, Tensor) and entry != "step":
+            if isinstance(value, Tensor) and value.dim():
                 wanted = dtype if value.is_floating_point() else value.dtype
                 copied = value.detach().to(weight.device, wanted, copy=True)
                 self.state[weight][entry] = copied
@@ -389,7 +401,8 @@ class CompactOptimizer(torch.optim.Optimizer):
         own = state.pop("compact", None)
         super().__setstate__(state)
         if own is not None:  # a copy; torch also calls this to load a state
-            self._settings, self._bases, self._warned = own["settings"], own["bases"], set()
+            self._settings, self._bases = own["settings"], own["bases"]
+            self._names, self._warned = {}, set()
             self._restore_records(own["steps"])
             if self._step_in_backward:
                 for _, weight in self._numbered():

@@ -7,7 +7,10 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from compact_fx import _torch
@@ -47,14 +50,16 @@ class Group:
     def add(self, record: "WeightRecord") -> None:
         """From now on the weight, and all that it shared one with, have this projection."""
         here = self.root()
+        before = here.steps
         other = here if record.group is None else record.group.root()
         if other is not here:
-            _note_change()
             other._merged_into = here
             here._members += other._members
         elif record.group is None:
             here._members.append(weakref.ref(record))
         record.group = here
+        if other is not here or here.steps != before:
+            _note_change()
 
 
 class WeightRecord:
@@ -151,16 +156,33 @@ def record_of(weight: Tensor) -> WeightRecord:
 
 @functools.cache
 def _watch_optimizers() -> None:
+    register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(_on_step)
 
 
+# Weights that have a gradient when a step begins: it may be gone when the step is over.
+_had_gradients: MutableMapping[Optimizer, list[WeightRecord]] = weakref.WeakKeyDictionary()
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    weights = (w for group in optimizer.param_groups for w in group["params"])
+    known = (_records.get(weight) for weight in weights if weight.grad is not None)
+    _had_gradients[optimizer] = [record for record in known if record is not None]
+
+
 def _on_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    had_gradients = _had_gradients.pop(optimizer, [])
     if getattr(optimizer, "_step_in_backward", False):  # it counts each weight itself
         return
     found_inf = getattr(optimizer, "found_inf", None)
     if found_inf is not None and found_inf.item():  # a fused step that GradScaler skips
         return
-    use_gradients(optimizer, (w for group in optimizer.param_groups for w in group["params"]))
+    weights = [w for group in optimizer.param_groups for w in group["params"]]
+    use_gradients(optimizer, weights)
+    if had_gradients and all(weight.grad is None for weight in weights):  # cleared within the step
+        _note_change()
+        for record in had_gradients:
+            record.count()
 
 
 def use_gradients(optimizer: Optimizer, weights: Iterable[Tensor]) -> None:

@@ -294,7 +294,23 @@ def with_a_smaller_moment(state):
     state["exp_avg"] = state["exp_avg"][:, :-1]
 
 
-@pytest.mark.parametrize("damage", [cut_short, emptied, of_another_rank, with_a_smaller_moment])
+def without_dimensions(state):
+    state["exp_avg"] = torch.zeros(3)
+
+
+def with_negative_steps(state):
+    state["projection_steps"] = torch.tensor(-5)
+
+
+def with_a_fraction(state):
+    state["projection_salt"] = torch.tensor(1.5)
+
+
+DAMAGES = [cut_short, emptied, of_another_rank, with_a_smaller_moment, without_dimensions]
+DAMAGES += [with_negative_steps, with_a_fraction]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_state_changes_nothing(damage):
     """It is checked whole before the first tensor is taken over."""
     model = mlp()

@@ -537,3 +537,14 @@ def test_a_reentrant_checkpoint_sees_changes():
         keys.append(model.blocks[0].linear.weight.grad.basis.key)
         optimizer.step()
     assert len(set(keys)) == 3
+
+
+def test_a_recomputation_that_delivers_nothing_is_forgotten():
+    """A saliency map through a checkpoint, then a change of projections and an ordinary pass."""
+    model = mlp()
+    step = torch.compile(model, backend=backend(update_interval=1))
+    x = batch().requires_grad_()
+    torch.autograd.grad(checkpoint(step, x, use_reentrant=False).sum(), x)
+    count_step(model.parameters())
+    step(batch()).sum().backward()
+    assert is_sketched(model[0].weight.grad)

@@ -635,3 +635,51 @@ def test_step_in_backward_counts_steps_without_step():
     step(batch()).pow(2).mean().backward()
     optimizer.step()
     assert steps_of(model[0].weight) == 4
+
+
+class CountingInGroups(torch.optim.Optimizer):
+    """Keeps its step count in the group, as some fused optimizers do."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            assert group["params"][0].device.type == "cpu"
+            group["step"] = group.get("step", 0) + 1
+            for p in group["params"]:
+                if p.grad is not None:
+                    m = self.state[p].setdefault("m", torch.zeros_like(p))
+                    m.lerp_(p.grad, 0.1)
+                    p.sub_(m / (1 - 0.9 ** group["step"]), alpha=group["lr"])
+
+
+def test_what_a_class_writes_into_its_groups_is_kept():
+    """Its update is linear, so that at full orthogonal rank it is the class's own."""
+    models = mlp(), mlp()
+    mine = compact_optimizer(CountingInGroups, models[0].parameters())
+    train(models[0], backend(rank=1.0, projection="orthogonal"), mine, 5)
+    train(models[1], "eager", CountingInGroups(models[1].parameters()), 5)
+    assert mine.param_groups[0]["step"] == 5
+    for a, b in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.Adam, torch.optim.SGD])
+def test_factors_of_any_layout_are_stepped_alike(optimizer_class):
+    """Fused kernels read gradients and moments as they lie in memory."""
+    projection = Projection(salt=1, in_features=16, rank=4, kind="gaussian", dtype=torch.float32)
+    basis = Basis(projection=projection, seed=0, generation=0, dim=1)
+    settings = {"momentum": 0.9} if optimizer_class is torch.optim.SGD else {}
+    weights = []
+    for fused in (False, True):
+        weight = nn.Parameter(torch.zeros(6, 16))
+        optimizer = compact_optimizer(optimizer_class, [weight], lr=0.1, fused=fused, **settings)
+        generator = torch.Generator().manual_seed(0)
+        for step in range(4):
+            factor = torch.randn(4, 6, generator=generator).T
+            weight.grad = SketchedGrad(factor if step % 2 else factor.contiguous(), basis)
+            optimizer.step()
+        weights.append(weight.detach())
+    torch.testing.assert_close(weights[0], weights[1])

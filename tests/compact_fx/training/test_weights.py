@@ -14,7 +14,7 @@ from compact_fx.plan import Plan, ProjectionInput
 from compact_fx.projections import Projection, drawn, fold_in
 from compact_fx.training.inputs import GraphInputs
 from compact_fx.training.watch import Watch
-from compact_fx.training.weights import steps_of
+from compact_fx.training.weights import set_steps, steps_of
 
 
 def weight_of(*shape):
@@ -251,3 +251,31 @@ def test_a_projection_changes_with_the_most_stepped_of_its_weights():
     assert changed != before
     alone = GraphInputs(plan_of(13), 0, 2, Watch())
     assert values(alone([first])) == changed
+
+
+def test_a_weight_that_joins_with_more_steps_changes_all_graphs():
+    """Also those that have run before in the same step."""
+    first, second = weight_of(), weight_of()
+    set_steps([second], 4)
+    alone = GraphInputs(plan_of(13), 0, 2, Watch())
+    shared = replace(plan_of(13), inputs=(ProjectionInput(projection=0, owners=(0, 1)),))
+    together = GraphInputs(shared, 0, 2, Watch())
+    before = values(alone([first]))
+    assert values(together([first, second])) != before
+    assert values(alone([first])) == values(together([first, second]))
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_that_are_cleared_within_the_step_count(set_to_none):
+    """By a hook of the optimizer, or at the end of its own step."""
+    weight = weight_of()
+    steps_of(weight)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    optimizer.register_step_post_hook(lambda o, *_: o.zero_grad(set_to_none=set_to_none))
+    for _ in range(3):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    assert steps_of(weight) == 3
+    optimizer.zero_grad()
+    optimizer.step()
+    assert steps_of(weight) == 3
