@@ -96,6 +96,11 @@ def layer_of(name):
     return name.partition(".")[0]
 
 
+def freeze(model, layers):
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(layer_of(name) not in layers)
+
+
 def factors_first(name, tensor):
     """The weight, or what has its shape, with in_features last."""
     return tensor.T if name == "matrix" else tensor
@@ -126,6 +131,13 @@ class Settings:
         self.backend = compact_backend(**self.config, inner="aot_eager", strict=True)
         self.plan = None  # of the graph that ran last
         self.traced = self._compile  # one object: Dynamo compares it
+        model = self.make_model(0)
+        first, second, *_ = dict.fromkeys(layer_of(name) for name, _ in model.named_parameters())
+        # Each weight alone, then both: models that do the same later have groups that meet.
+        for frozen in ((first,), (second,), ()):
+            model = self.make_model(0)
+            freeze(model, frozen)
+            torch.compile(model, backend=self.traced)(torch.ones(3, 5, 32, dtype=self.dtype))
 
     def _compile(self, module, example_inputs):
         """The backend, and a note of which graph runs: equal calls may have different ones."""
@@ -288,14 +300,16 @@ class Records:
     latest: dict[str, Basis] = field(default_factory=dict)
 
     def meet(self, names, salt):
-        """These weights are sketched with one projection."""
+        """These weights are sketched with one projection; whether they had several."""
         group = next((self.shared[name] for name in names if name in self.shared), None)
         group = group or Shared(salt, set())
+        salts = {self.shared[name].salt for name in names if name in self.shared}
         for name in names:
             members = self.shared[name].members if name in self.shared else {name}
             group.members |= members
             self.shared.update(dict.fromkeys(members, group))
         self.known.update(names)
+        return len(salts) > 1
 
     def generation(self, name, interval):
         return max(self.steps[member] for member in self.shared[name].members) // interval
@@ -336,6 +350,7 @@ class Reference:
         self.groups = copy.deepcopy(groups)
         self.records = Records({name: 0 for name, _ in model.named_parameters()})
         self.gradients = {}  # of those that have one
+        self.meetings = 0  # of weights that had different projections
         self.state = {}
         self.loss_scale, self.good_steps = 2.0**8, 0
 
@@ -361,7 +376,7 @@ class Reference:
         names = {site.index: site.weight for site in plan.sites}
         owners = {i.projection: [names[o] for o in i.owners] for i in plan.projection_inputs}
         for number, own in owners.items():
-            self.records.meet(own, plan.projections[number].salt)
+            self.meetings += self.records.meet(own, plan.projections[number].salt)
         bases = {}
         for number, own in owners.items():
             salt = self.records.shared[own[0]].salt
@@ -609,8 +624,6 @@ class Run:
         self.scaler = self.make_scaler()
         self.shape = (3, 5)
         self.pending, self.checkpoints = [], []
-        for weight in model.parameters():
-            weight.grad = None
 
     def make_scaler(self):
         return torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=GROWTH_INTERVAL)
@@ -629,6 +642,8 @@ class Run:
         """One random operation, and the comparison after it."""
         names, weights = zip(*WEIGHTS.items(), strict=True)
         name = self.random.choices(names, weights)[0]
+        if not self.log and self.chance(0.3):
+            name = "meet"
         self.log.append(name)
         try:
             done = getattr(self, name)()
@@ -969,14 +984,21 @@ class Run:
 
     # --- weights ---
 
-    def freeze(self):
-        """Freeze a layer, or unfreeze it."""
-        layer = self.random.choice(self.layers[:2])
-        self.frozen ^= {layer}
+    def freeze(self, frozen=None):
+        """Another choice of frozen layers: weights that share an activation also run alone."""
+        if frozen is None:
+            frozen = [layer for layer in self.layers[:2] if self.chance(0.4)]
+        self.frozen = frozenset(frozen)
         for model in (self.model, self.reference.model):
-            for name, weight in model.named_parameters():
-                if layer_of(name) == layer:
-                    weight.requires_grad_(layer not in self.frozen)
+            freeze(model, self.frozen)
+
+    def meet(self):
+        """Each weight alone, then both: Siblings have had two projections, and now have one."""
+        first, second, *_ = self.layers
+        for frozen in [*self.random.sample([[first], [second]], 2), []]:
+            self.freeze(frozen)
+            self.deliver([self.losses()])
+            self.set_steps()
 
     def set_steps(self):
         """Also between a forward and its backward pass."""
@@ -1071,6 +1093,7 @@ WEIGHTS = {
     "resize": 4,
     "learning_rate": 2,
     "freeze": 3,
+    "meet": 1,
     "set_steps": 5,
     "add_group": 2,
     "save": 3,
@@ -1123,6 +1146,7 @@ def run_sequence(settings, seed, counts):
         return f"seed {seed}: {difference} after {', '.join(run.log[-12:])} ({run.algorithm})"
     finally:
         counts.update(run.counts)
+        counts["(meetings)"] += run.reference.meetings
     return None
 
 
