@@ -946,7 +946,8 @@ class Run:
         if clips:
             self.scaler.unscale_(self.optimizer)
         found_inf = self.reference.unscale()
-        if clips and not found_inf:
+        # Those of weights that the optimizer does not hold may have overflowed alone.
+        if clips and all(gradient.is_finite for gradient in self.reference.gradients.values()):
             self.clip()
         if found_inf:
             self.scaler.step(self.optimizer)
