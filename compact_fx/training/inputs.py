@@ -107,7 +107,8 @@ class GraphInputs:
         factor_records = [records[role.index] for role in self._factors]
         for record, basis in zip(factor_records, factor_bases, strict=True):
             record.basis, record.is_factor = basis, True
-        others = [known_record(arguments[index]) for index in self._left_alone]
+        left_alone = (arguments[i] for i in self._left_alone if arguments[i].requires_grad)
+        others = [known_record(weight) for weight in left_alone]
         dense = [*records.values(), *(record for record in others if record is not None)]
         leaves = [
             leaf_of(arguments[role.index], role.shape, basis)
