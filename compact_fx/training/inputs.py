@@ -13,7 +13,7 @@ from compact_fx.plan import FactorInput, Plan
 from compact_fx.projections import Basis
 from compact_fx.training.delivery import empty_leaf, leaf_of, refuse_distributed, refuse_hooks
 from compact_fx.training.watch import Watch
-from compact_fx.training.weights import Group, WeightRecord, changes, known_record, record_of
+from compact_fx.training.weights import Group, WeightRecord, changes, record_of
 
 _recomputed: list[WeightRecord] = []  # since the last forward pass outside of a backward pass
 
@@ -32,8 +32,6 @@ class GraphInputs:
         self._watch = watch
         self._factors = plan.factor_inputs
         self._indices = tuple(dict.fromkeys(i for p in plan.projection_inputs for i in p.owners))
-        sketched = {site.index for site in plan.sketched}
-        self._left_alone = tuple({site.index for site in plan.sites} - sketched)
         self._last: dict[tuple[int, ...], _Entry] = {}  # by ids of weights
 
     def examples(self, arguments: Sequence[Any]) -> list[Tensor]:
@@ -107,9 +105,6 @@ class GraphInputs:
         factor_records = [records[role.index] for role in self._factors]
         for record, basis in zip(factor_records, factor_bases, strict=True):
             record.basis, record.is_factor = basis, True
-        left_alone = (arguments[i] for i in self._left_alone if arguments[i].requires_grad)
-        others = [known_record(weight) for weight in left_alone]
-        dense = [*records.values(), *(record for record in others if record is not None)]
         leaves = [
             leaf_of(arguments[role.index], role.shape, basis)
             for role, basis in zip(self._factors, factor_bases, strict=True)
@@ -118,7 +113,7 @@ class GraphInputs:
         entry = _Entry(
             references=[weakref.ref(weight) for weight in weights],
             records=list(records.values()),
-            dense_records=[record for record in dense if record not in factor_records],
+            dense_records=[r for r in records.values() if r not in factor_records],
             factor_records=factor_records,
             changes=now,
             groups=groups,

@@ -749,7 +749,9 @@ class Run:
         for name, parts in arrived.items():
             first = basis_of(dict(self.model.named_parameters())[name].grad)
             self.counts["(several projections)"] += len({basis for _, basis in parts}) > 1
-            for exact, basis in sorted(parts, key=lambda part: part[1] != first):
+            for exact, basis in sorted(
+                parts, key=lambda part: canonical(part[1]) != canonical(first)
+            ):
                 self.reference.add(name, exact, basis)
 
     def eager_backward(self):
