@@ -140,7 +140,7 @@ class Basis:
         rows = dense.to(wide)
         rows = rows.mT if self.is_last(dense) else rows
         with torch.autocast(dense.device.type, enabled=False):
-            fitted = torch.linalg.lstsq(p.expand(*rows.shape[:-2], *p.shape), rows).solution
+            fitted: Tensor = torch.linalg.lstsq(p.expand(*rows.shape[:-2], *p.shape), rows).solution
         return (fitted.mT if self.is_last(dense) else fitted).to(dense.dtype)
 
     def norm(self, factor: Tensor) -> Tensor:
