@@ -11,14 +11,12 @@ import torch
 
 
 def provenance() -> dict[str, str]:
-    """Hardware, versions, command, date and commit: of git, or the variable COMMIT."""
+    """Hardware, versions, command, date and commit: the variable COMMIT, or that of git."""
     cuda = torch.cuda.is_available()
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        commit = done.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = os.environ.get("COMMIT", "unknown")
+    commit = os.environ.get("COMMIT", "")  # where a copy of the files has no history, or another
+    if not commit:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return {
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores",
         "torch": torch.__version__,

@@ -316,6 +316,7 @@ def test_sketched_gradients_are_g_p_pt(name):
     assert_equal(compact, exact)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["vit", "mixtral", "llama4"])
 def test_through_inductor(name, expected_gradients):
     """The generated code computes what the graphs say."""
