@@ -59,6 +59,7 @@ class GraphCompiler:
         self._buffers = frozenset(
             i for i, node in enumerate(placeholders) if _torch.is_buffer(node)
         )
+        self._failed: dict[str, str] = {}  # weight → reason, of those that a pass has failed for
 
     def trains(self) -> bool:
         """Whether a backward pass may be asked of this graph.
@@ -106,19 +107,31 @@ class GraphCompiler:
         Raises:
             CannotCompact: a pass failed for the whole graph.
         """
-        return self._plan({}, observe)
+
+        def visitor(joint: JointGraph) -> Plan:
+            while True:
+                try:
+                    with failures_of("choose_sites"):
+                        plan = choose_sites(joint, self._config, self._failed)
+                    break
+                except SiteFailed as error:
+                    self._leave_alone(error)
+            if observe is not None:
+                observe(joint, plan)
+            return plan
+
+        return self.visit(visitor)
 
     def compile(
         self, plan: Plan | None, watch: Watch, observe: Observer | None = None
     ) -> tuple[Plan | None, Callable[..., Any]]:
         """The second phase: the graph, compiled as planned, and the plan that it follows."""
-        failed: dict[str, str] = {}
         while plan is not None and plan.sketched:
             try:
                 return plan, self._compile_plan(plan, watch)
             except SiteFailed as error:
-                self._leave_alone(error, failed)
-                plan = self._plan(failed, observe)
+                self._leave_alone(error)
+                plan = self.plan(observe)
         return plan, self.compile_untouched()
 
     def compile_untouched(self) -> Callable[..., Any]:
@@ -127,26 +140,11 @@ class GraphCompiler:
 
     # ---------------------------------------------------------------------------------------------
 
-    def _plan(self, failed: dict[str, str], observe: Observer | None) -> Plan | None:
-        def visitor(joint: JointGraph) -> Plan:
-            while True:
-                try:
-                    with failures_of("choose_sites"):
-                        plan = choose_sites(joint, self._config, failed)
-                    break
-                except SiteFailed as error:
-                    self._leave_alone(error, failed)
-            if observe is not None:
-                observe(joint, plan)
-            return plan
-
-        return self.visit(visitor)
-
-    def _leave_alone(self, error: SiteFailed, failed: dict[str, str]) -> None:
-        """Plan again without this weight."""
-        if self._config.strict or error.weight in failed:
+    def _leave_alone(self, error: SiteFailed) -> None:
+        """From now on plan without this weight."""
+        if self._config.strict or error.weight in self._failed:
             raise error
-        failed[error.weight] = str(error)
+        self._failed[error.weight] = str(error)
         warnings.warn(f"{error.weight} is left without a sketch: {error}", stacklevel=2)
 
     def _compile_plan(self, plan: Plan, watch: Watch) -> Callable[..., Any]:

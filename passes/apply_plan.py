@@ -32,8 +32,8 @@ class Rewritten:
 
 
 def rewrite(joint: JointGraph, plan: Plan) -> Rewritten:
-    """The first half of `apply_plan`: inputs and sketches; on a copy where inputs are missing."""
-    if plan.inputs and not joint.added:
+    """The first half of `apply_plan`: sketches, and inputs on a copy where they are missing."""
+    if not joint.added:
         with observed("with_inputs", joint.module):
             joint = joint.with_inputs(plan)
     with observed("rewrite_weight_grads", joint.module):

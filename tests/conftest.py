@@ -1,10 +1,12 @@
 """What several tests share: a small LLaMA, a batch, and gradients of a step."""
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -116,3 +118,13 @@ def kept_bytes() -> Callable[..., int]:
         return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
     return count
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """One gloo process."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    yield
+    dist.destroy_process_group()

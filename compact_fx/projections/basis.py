@@ -158,7 +158,7 @@ class Basis:
     def update_(self, weight: Tensor, factor: Tensor, *, keep: float, scale: float) -> None:
         """weight ← keep · weight + scale · factor Pᵀ, in place and in one pass over the weight."""
         p = self.projection
-        if self._is_gathered and weight.device.type == "cuda":
+        if self._is_gathered and weight.device.type == "cuda" and weight.is_contiguous():
             update = _compiled_update(
                 weight.device, p.in_features, p.rank, self.dim, weight.shape, weight.dtype
             )
@@ -177,7 +177,7 @@ class Basis:
             weight.baddbmm_(left, right, beta=keep, alpha=scale)
 
     def change_to(self, other: "Basis", factor: Tensor) -> Tensor:
-        """What a factor in this basis is in another one: F P₁ᵀP₂, in float32."""
+        """What a factor in this basis is in another one: F P₁ᵀP₂, at least in float32."""
         wide = factor.to(torch.promote_types(factor.dtype, torch.float32))
         if self._is_gathered and other._is_gathered:
             return other.compress(self.expand(wide))

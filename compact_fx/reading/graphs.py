@@ -43,7 +43,7 @@ class CompactedGraphs:
     @cached_property
     def joint_after(self) -> fx.GraphModule:
         """The joint graph with the plan's sketches in it."""
-        return rewrite(self._joint.copy(), self.plan).joint.module
+        return rewrite(self._joint, self.plan).joint.module
 
     @property
     def forward(self) -> fx.GraphModule:
@@ -58,7 +58,7 @@ class CompactedGraphs:
     @cached_property
     def cut(self) -> Partition:
         """Both sides of the boundary, as planned."""
-        return apply_plan(self._joint.copy(), self.plan)
+        return apply_plan(self._joint, self.plan)
 
     @cached_property
     def cut_before(self) -> Partition:

@@ -59,13 +59,25 @@ class _Contents:
 
 
 class _Wrapper(Tensor):
-    """Without memory of its own: its values are those of `_plain(...)`."""
+    """Without memory of its own: a sketched gradient, or a view of one.
+
+    Attributes:
+        _path: the operators that make it of the gradient's dense tensor.
+    """
 
     _contents: _Contents
+    _path: tuple[Callable[[Tensor], Tensor], ...] = ()
 
     def _plain(self, *, to_write: bool) -> Tensor:
         """A plain tensor with its values; what is written into it arrives if that is asked."""
-        raise NotImplementedError
+        values = self._contents.densify() if to_write else self._contents.to_dense()
+        for function in self._path:
+            values = function(values)
+        return values
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Saved as a plain dense tensor, which `torch.load` takes with `weights_only=True`."""
+        return self._plain(to_write=False).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         """A dense copy; read-only, since nothing written into it would arrive."""
@@ -156,13 +168,6 @@ class SketchedGrad(_Wrapper):
         """The gradient as a plain tensor (G P Pᵀ); a new one each time while it is sketched."""
         return self._contents.to_dense()
 
-    def _plain(self, *, to_write: bool) -> Tensor:
-        return self._contents.densify() if to_write else self._contents.to_dense()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Saved as a plain dense tensor, which `torch.load` takes with `weights_only=True`."""
-        return self.to_dense().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
-
     def __repr__(self) -> str:  # type: ignore[override]
         rank = self.basis.projection.rank
         state = f"rank={rank}" if self.factor is not None else "dense"
@@ -183,22 +188,7 @@ class SketchedGrad(_Wrapper):
 
 
 class _View(_Wrapper):
-    """A view of a sketched gradient, made of its dense tensor only when something reads it.
-
-    Attributes:
-        _path: the operators that make it of the gradient's dense tensor.
-    """
-
-    _path: tuple[Callable[[Tensor], Tensor], ...]
-
-    def _plain(self, *, to_write: bool) -> Tensor:
-        values = self._contents.densify() if to_write else self._contents.to_dense()
-        for function in self._path:
-            values = function(values)
-        return values
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self._plain(to_write=False).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+    """A view of a sketched gradient, made of its dense tensor only when something reads it."""
 
     def __repr__(self) -> str:  # type: ignore[override]
         return repr(self._plain(to_write=False))
@@ -224,7 +214,7 @@ def _view(of: _Wrapper, shaped: Tensor, function: Callable[[Tensor], Tensor]) ->
         device=of.device,
     )
     result._contents = of._contents
-    result._path = (*(of._path if isinstance(of, _View) else ()), function)
+    result._path = (*of._path, function)
     return result
 
 

@@ -68,10 +68,9 @@ class GraphInputs:
         for record in entry.dense_records:
             record.in_dense_graph = True
         if recomputes:
-            for role, basis in zip(self._factors, entry.factor_bases, strict=True):
-                record = record_of(arguments[role.index])
+            for record, basis in zip(entry.factor_records, entry.factor_bases, strict=True):
                 record.recomputed = basis
-                _recomputed.append(record)
+            _recomputed.extend(entry.factor_records)
         elif _recomputed:  # a backward pass that wanted no gradients of weights
             for record in _recomputed:
                 record.recomputed = None
@@ -113,7 +112,7 @@ class GraphInputs:
         entry = _Entry(
             references=[weakref.ref(weight) for weight in weights],
             records=list(records.values()),
-            dense_records=[r for r in records.values() if r not in factor_records],
+            dense_records=[r for r in records.values() if not r.is_factor],
             factor_records=factor_records,
             changes=now,
             groups=groups,
@@ -145,9 +144,9 @@ class GraphInputs:
         salt, generation = version
         projection = self._plan.projections[number].with_salt(salt).canonical()
         basis = Basis(projection=projection, seed=self._seed, generation=generation, dim=1)
-        for record in owners:
-            if record.basis is not None and record.basis.along(1) == basis:
-                return record.basis.along(1)
+        for known in (r.basis.along(1) for r in owners if r.basis is not None):
+            if known == basis:
+                return known
         for record in owners:
             record.basis = basis
         return basis

@@ -242,4 +242,5 @@ def restore_steps(steps: dict[Tensor, int]) -> None:
     _note_change()
     for weight, number in steps.items():
         record = record_of(weight)
-        record.steps, record.in_graph = number, False
+        record.steps = number
+        record.in_graph = record.in_dense_graph = False

@@ -13,7 +13,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -96,15 +95,6 @@ def same_parameters(models, **tolerance):
         models[0].named_parameters(), models[1].named_parameters(), strict=True
     ):
         torch.testing.assert_close(a, b[1], msg=lambda m, n=name: f"{n}: {m}", **tolerance)
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    dist.init_process_group(
-        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
-    )
-    yield
-    dist.destroy_process_group()
 
 
 # --- who steps -----------------------------------------------------------------------------------

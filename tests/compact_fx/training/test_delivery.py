@@ -433,15 +433,6 @@ def test_hooks_of_weights_are_refused(kind):
 # --- several processes ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def process_group(tmp_path):
-    dist.init_process_group(
-        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
-    )
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("warm", [False, True])
 def test_ddp_says_what_to_do(warm, request):
     """Also where the code was compiled before there were other processes."""
