@@ -23,9 +23,14 @@ class CompactConfig:
             and weights that match none are left alone.
         gradients: "dense" gives every weight a `.grad` of its own shape. "sketched" gives it a
             `SketchedGrad` that holds the (out_features, rank) factor: for `CompactAdamW`.
-        projection: "countsketch" (its products are gathers, not matmuls), "gaussian" (the
-            paper's), "rademacher", "sparse" or "orthogonal"; see `random_projection`.
-        update_interval: optimizer steps after which a weight's projection changes (T in the paper).
+        projection: "tracked" follows the gradient. The others are random: "countsketch" (its
+            products are gathers, not matmuls), "gaussian" (the paper's), "rademacher", "sparse" or
+            "orthogonal"; see `random_projection`.
+        update_interval: optimizer steps after which a weight's projection changes (T in the
+            paper); None is 40 for tracked projections and 200 for others.
+        track_every: a tracked projection sees every so many tokens.
+        follow: share of a tracked projection's columns that follow the gradient; the others
+            explore, drawn anew at each change.
         seed: of all projections; the same seed and steps give the same run.
         include: glob patterns of the qualified parameter names that may be sketched.
         exclude: glob patterns of those that may not; wins over `include`.
@@ -44,7 +49,9 @@ class CompactConfig:
     rank: Rank | Mapping[str, Rank] = 0.25
     gradients: Literal["dense", "sketched"] = "dense"
     projection: Kind = "countsketch"
-    update_interval: int = 200
+    update_interval: int | None = None
+    track_every: int = 8
+    follow: float = 0.25
     seed: int = 0
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
@@ -69,7 +76,10 @@ class CompactConfig:
         _check_choice("projection", self.projection, KINDS)
         _check_choice("place", self.place, get_args(Place))
         _check_choice("inner", self.inner, get_args(Inner))
-        _check_int("update_interval", self.update_interval, 1)
+        if self.update_interval is not None:
+            _check_int("update_interval", self.update_interval, 1)
+        _check_int("track_every", self.track_every, 1)
+        _check_share("follow", self.follow)
         _check_int("seed", self.seed, 0)
         _check_int("min_features", self.min_features, 1)
         for name in ("include", "exclude"):
@@ -80,6 +90,13 @@ class CompactConfig:
             _check_type("mode", self.mode, str)
         _check_type("options", self.options, Mapping)
         object.__setattr__(self, "options", dict(self.options))
+
+    @property
+    def interval(self) -> int:
+        """`update_interval`, or what it is for this kind of projection."""
+        if self.update_interval is not None:
+            return self.update_interval
+        return 40 if self.projection == "tracked" else 200
 
     def rank_of(self, name: str) -> Rank | None:
         """The rank asked for of this weight, or None if no pattern names it."""
@@ -135,6 +152,13 @@ def _check_rank(name: str, value: object) -> None:
         raise ValueError(f"{name}={value!r} must be {allowed}")
     if isinstance(value, int) and value < 1:
         raise ValueError(f"{name}={value!r} must be {allowed}")
+
+
+def _check_share(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}={value!r} must be a number from 0 to 1")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}={value!r} must be from 0 to 1")
 
 
 def _patterns(name: str, value: object) -> tuple[str, ...]:

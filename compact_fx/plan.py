@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from compact_fx.projections import Projection
 
 Placement = Literal["early", "late"]
+Side = Literal["input", "output"]
 SavedKind = Literal["sketch", "matmul input", "attention", "norm or activation", "index or mask"]
 SAVED_KINDS: tuple[SavedKind, ...] = get_args(SavedKind)
 
@@ -20,6 +21,8 @@ class Site:
         weight: qualified parameter name.
         index: which graph input the weight is; `use`: which of its uses, 0 for the first.
         in_features, out_features: 0 where its gradient is not a matrix product.
+        side: which operand of the weight gradient is sketched: the activation ("input"), or the
+            incoming gradient ("output").
         rank: columns of the sketch, 0 where it is left alone.
         placement: which pass computes the sketch: the forward ("early", the sketch is saved) or
             the backward ("late"); None where it is left alone.
@@ -34,20 +37,29 @@ class Site:
     use: int = 0
     in_features: int = 0
     out_features: int = 0
+    side: Side = "input"
     rank: int = 0
     placement: Placement | None = None
     reason: str = ""
     sketch: int | None = None
     projection: int | None = None
 
+    @property
+    def features(self) -> int:
+        """How many are sketched."""
+        return self.in_features if self.side == "input" else self.out_features
+
     def left_alone(self, reason: str) -> "Site":
         """The same without a sketch, and why."""
-        return replace(self, rank=0, placement=None, reason=reason, sketch=None, projection=None)
+        bare = replace(self, side="input", rank=0, placement=None, sketch=None, projection=None)
+        return replace(bare, reason=reason)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectionInput:
-    """A graph input that P is made of: a key, or the table of a countsketch.
+    """A graph input that P is made of: a key, the table of a countsketch, or a tracked P itself.
+
+    A tracked P has a gradient: what says where P is to go.
 
     Attributes:
         projection: index into `Plan.projections`.
@@ -65,7 +77,7 @@ class FactorInput:
     Attributes:
         index: the weight's graph input.
         projection: index into `Plan.projections`.
-        shape: the weight's, with in_features replaced by the rank.
+        shape: the weight's, with the features of its side replaced by the rank.
         dim: which dimension that is.
     """
 
@@ -126,11 +138,13 @@ class Account:
 
     Attributes:
         saved_before: what torch.compile's own partition keeps; `saved_after`: what ours keeps.
+        projection_bytes: what tracked projections hold from step to step: P, and Y in float32.
         sites: for each of the plan's.
     """
 
     saved_before: tuple[Saved, ...] = ()
     saved_after: tuple[Saved, ...] = ()
+    projection_bytes: int = 0
     sites: tuple[SiteCost, ...] = ()
 
     @property
@@ -153,6 +167,7 @@ class Plan:
         projections: the distinct ones.
         inputs: what the graph gets beyond its own inputs, in that order, by their role.
         recompute: whether matmul inputs may be rebuilt in the backward pass.
+        track_every: tracked projections see every so many tokens.
         account: what it costs; not compared, and not in the keys of caches.
     """
 
@@ -160,6 +175,7 @@ class Plan:
     projections: tuple[Projection, ...] = ()
     inputs: tuple[ProjectionInput | FactorInput, ...] = ()
     recompute: bool = False
+    track_every: int = 1
     account: Account = field(default_factory=Account, compare=False, repr=False)
 
     @property
@@ -173,6 +189,14 @@ class Plan:
         return tuple(i for i in self.inputs if isinstance(i, ProjectionInput))
 
     @property
+    def has_gradient(self) -> tuple[bool, ...]:
+        """For each of `inputs` whether it receives something: factors, and tracked projections."""
+        return tuple(
+            isinstance(i, FactorInput) or self.projections[i.projection].is_tracked
+            for i in self.inputs
+        )
+
+    @property
     def factor_inputs(self) -> tuple[FactorInput, ...]:
         """Those of `inputs` that receive factors: one for each weight whose gradient stays one."""
         return tuple(i for i in self.inputs if isinstance(i, FactorInput))
@@ -184,9 +208,9 @@ class Plan:
     def digest(self) -> str:
         """Stands for everything that the plan does to a graph: no names, no reasons, no salts."""
         sites = [
-            (site.index, site.use, site.rank, site.placement, site.sketch, site.projection)
-            for site in self.sketched
+            (s.index, s.use, s.side, s.rank, s.placement, s.sketch, s.projection)
+            for s in self.sketched
         ]
-        projections = [(p.in_features, p.rank, p.kind, str(p.dtype)) for p in self.projections]
-        decisions = repr((sites, projections, self.inputs, self.recompute))
+        projections = [(p.features, p.rank, p.kind, str(p.dtype)) for p in self.projections]
+        decisions = repr((sites, projections, self.inputs, self.recompute, self.track_every))
         return hashlib.sha256(decisions.encode()).hexdigest()

@@ -24,11 +24,11 @@ class Rewritten:
 
     Attributes:
         joint: with the plan's inputs.
-        sketches: the node of each sketch.
+        sketches: for each sketch the nodes that read its activation.
     """
 
     joint: JointGraph
-    sketches: dict[int, fx.Node]
+    sketches: dict[int, tuple[fx.Node, ...]]
 
 
 def rewrite(joint: JointGraph, plan: Plan) -> Rewritten:
@@ -43,12 +43,13 @@ def rewrite(joint: JointGraph, plan: Plan) -> Rewritten:
 def cut(rewritten: Rewritten, plan: Plan) -> Partition:
     """The second half of `apply_plan`; takes over the graph."""
     early = {
-        site.sketch: rewritten.sketches[site.sketch]
+        node: None
         for site in plan.sketched
         if site.placement == "early" and site.sketch is not None
+        for node in rewritten.sketches[site.sketch]
     }
     with observed("partition", rewritten.joint.module):
-        return partition(rewritten.joint, recompute=plan.recompute, early=tuple(early.values()))
+        return partition(rewritten.joint, recompute=plan.recompute, early=tuple(early))
 
 
 def apply_plan(joint: JointGraph, plan: Plan) -> Partition:

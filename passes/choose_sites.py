@@ -1,18 +1,24 @@
 """Decide which weight gradients are sketched, and on which side of the boundary."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 
 from torch import fx
 
 from compact_fx.config import CompactConfig
 from compact_fx.passes.apply_plan import cut, observed, rewrite
-from compact_fx.passes.costs import costs_of, flops_of
+from compact_fx.passes.costs import (
+    costs_of,
+    early_bytes,
+    flops_of,
+    projection_bytes,
+    saved_gradient_bytes,
+)
 from compact_fx.passes.joint_graph import JointGraph
 from compact_fx.passes.list_sites import Uses, list_sites
-from compact_fx.passes.nodes import bytes_of, is_tensor, storage_of
+from compact_fx.passes.nodes import is_tensor, storage_of
 from compact_fx.passes.partition import Partition, partition
-from compact_fx.plan import Account, Placement, Plan, SiteCost
+from compact_fx.plan import Account, Placement, Plan, Site, SiteCost
 
 
 def choose_sites(
@@ -29,48 +35,67 @@ def choose_sites(
 
     First all sketches are late, and torch's own partition shows which saved tensors would then
     cross for a sketch alone. Where these take at least the bytes of the sketch, it is made early.
+    On a weight's output side the activation is read as it is, so that there is no early sketch:
+    where it would cross for the weight alone, the weight is sketched on its input side.
 
     Args:
         joint: read only.
         failed: weight name → reason, of those that a pass has failed for.
 
     Contract: changes nothing. With `place="auto"`, `bytes_after` ≤ `bytes_before`, which is
-    torch.compile's own partition; if no placement reaches that, nothing is sketched. Source: paper
-    section 3; its exception for the attention output projection is an instance of this rule.
+    torch.compile's own partition; if no placement reaches that, nothing is sketched. What tracked
+    projections hold counts as well, less what factors save of gradients. Source: paper section 3;
+    its exception for the attention output projection is an instance of this rule.
     """
     with observed("partition", joint.module):
         before = partition(joint.copy(), recompute=False)
     with observed("list_sites", joint.module):
-        draft, uses = list_sites(joint, config, failed)
+        on_input = set(joint.weights) if config.place == "early" else set()
+        draft, uses = list_sites(joint, config, failed, on_input)
     # What is rebuilt from an input has to find the value that the forward saw.
-    draft = replace(draft, recompute=config.recompute and not joint.mutates_inputs())
+    recompute = config.recompute and not joint.mutates_inputs()
     if not draft.sketched:
         return _untouched(draft, uses, before)
-    everything = {site.sketch for site in draft.sketched if site.sketch is not None}
-    best = _try(joint, _placed(draft, everything if config.place == "early" else set()))
-    if config.place == "auto" and (early := best.smaller_early()):
-        trial = _try(joint, _placed(draft, early))
-        best = min(best, trial, key=lambda trial: trial.cut.bytes)
-    if config.place == "auto" and best.cut.bytes > before.bytes:
-        reason = f"sketching keeps {best.cut.bytes - before.bytes} bytes more than without"
+    everything = {_key(site) for site in draft.sketched}
+    best = _try(joint, _placed(draft, everything if config.place == "early" else set(), recompute))
+    if config.place == "auto" and (early := best.smaller_early(uses)):
+        moved = {s.index for s in draft.sketched if s.side == "output" and _key(s) in early}
+        other, others = list_sites(joint, config, failed, moved) if moved else (draft, uses)
+        trial = _try(joint, _placed(other, early, recompute))
+        if trial.cut.bytes < best.cut.bytes:
+            best, uses = trial, others
+    held = projection_bytes(best.plan)
+    more = best.cut.bytes - before.bytes
+    more += max(0, held - saved_gradient_bytes(best.plan, joint))
+    if config.place == "auto" and more > 0:
+        reason = f"sketching keeps {more} bytes more than without"
         sites = (s.left_alone(s.reason if s.sketch is None else reason) for s in draft.sites)
         return _untouched(Plan(sites=tuple(sites)), uses, before)
-    costs = costs_of(best.plan, uses, before, best.cut, best.sketches)
-    account = Account(saved_before=before.saved, saved_after=best.cut.saved, sites=costs)
+    account = Account(
+        saved_before=before.saved,
+        saved_after=best.cut.saved,
+        projection_bytes=held,
+        sites=costs_of(best.plan, uses, before, best.cut, best.sketches),
+    )
     return replace(best.plan, account=account)
 
 
-def _placed(plan: Plan, early: Set[int]) -> Plan:
-    """The plan with these sketches early and all others late."""
+def _key(site: Site) -> tuple[int, int]:
+    return site.index, site.use
+
+
+def _placed(plan: Plan, early: Set[tuple[int, int]], recompute: bool) -> Plan:
+    """The plan with the sketches of these sites early and all others late."""
+    chosen = {site.sketch for site in plan.sketched if _key(site) in early}
 
     def placement(sketch: int) -> Placement:
-        return "early" if sketch in early else "late"
+        return "early" if sketch in chosen else "late"
 
     sites = (
         site if site.sketch is None else replace(site, placement=placement(site.sketch))
         for site in plan.sites
     )
-    return replace(plan, sites=tuple(sites))
+    return replace(plan, sites=tuple(sites), recompute=recompute)
 
 
 def _untouched(plan: Plan, uses: Uses, before: Partition) -> Plan:
@@ -84,37 +109,54 @@ class _Trial:
     """One placement of all sketches, carried out on a copy of the joint graph.
 
     Attributes:
-        sketches: by sketch, the node of z before the cut.
+        sketches: for each the nodes that read its activation, before the cut.
     """
 
     plan: Plan
     cut: Partition
-    sketches: dict[int, fx.Node]
+    sketches: dict[int, tuple[fx.Node, ...]]
 
-    def smaller_early(self) -> set[int]:
-        """Late sketches that take no more bytes than what crosses for their sake alone."""
+    def smaller_early(self, uses: Uses) -> set[tuple[int, int]]:
+        """Sites whose sketches take no more bytes early than what crosses for their sake alone."""
         nodes = {node.name: node for node in self.cut.backward.graph.nodes}
-        sketches = {i: nodes[z.name] for i, z in self.sketches.items() if z.name in nodes}
+        readers = {
+            i: [nodes[node.name] for node in reading if node.name in nodes]
+            for i, reading in self.sketches.items()
+        }
         output = self.cut.backward.graph.output_node()
-        needed_anyway = self._read_by(output, stop=set(sketches.values()))
+        stop = {node for reading in readers.values() for node in reading}
+        needed_anyway = self._read_by([output], stop=stop)
         needed_anyway |= {storage_of(node) for node in self.cut.results if is_tensor(node)}
         groups: list[tuple[set[int], set[int]]] = []  # sketches, and the storages only they read
-        for i, z in sketches.items():
-            members, storages = {i}, self._read_by(z) - needed_anyway
+        for i, reading in readers.items():
+            if not reading:
+                continue
+            members, storages = {i}, self._read_by(reading) - needed_anyway
             for group in [group for group in groups if group[1] & storages]:
                 groups.remove(group)
                 members, storages = members | group[0], storages | group[1]
             groups.append((members, storages))
+        sizes = self._early_bytes(uses)
         early: set[int] = set()
         for members, storages in groups:
             whole = sum(self.cut.saved_by_storage[storage].bytes for storage in storages)
-            if whole >= sum(bytes_of(sketches[i]) for i in members):
+            if whole >= sum(sizes[i] for i in members):
                 early |= members
-        return early
+        return {_key(site) for site in self.plan.sketched if site.sketch in early}
 
-    def _read_by(self, node: fx.Node, stop: Set[fx.Node] = frozenset()) -> set[int]:
-        """Storages crossing the boundary that a node of the backward graph depends on."""
-        seen, pending = {node}, [node]
+    def _early_bytes(self, uses: Uses) -> dict[int, int]:
+        """For each sketch what crosses if it is early, on the input side."""
+        sizes: dict[int, dict[fx.Node, int]] = {i: {} for i in self.sketches}
+        for site in self.plan.sketched:
+            assert site.sketch is not None
+            x = uses[site.index, site.use].activation
+            sizes[site.sketch][x] = early_bytes(x, site, self.plan)
+        return {i: sum(by_activation.values()) for i, by_activation in sizes.items()}
+
+    def _read_by(self, nodes: Iterable[fx.Node], stop: Set[fx.Node] = frozenset()) -> set[int]:
+        """Storages crossing the boundary that nodes of the backward graph depend on."""
+        pending = list(nodes)
+        seen = set(pending)
         while pending:
             sources = set(pending.pop().all_input_nodes) - seen - stop
             seen |= sources

@@ -9,7 +9,7 @@ from torch import fx
 
 from compact_fx import _torch
 from compact_fx.errors import failures_of
-from compact_fx.passes.nodes import WEIGHT, finish, insert, is_transposition
+from compact_fx.passes.nodes import WEIGHT, finish, insert, insert_copy, is_transposition
 from compact_fx.projections import RANDOM_PROJECTION, draw
 from compact_fx.projections.countsketch import countsketch_columns, countsketch_rows, is_gathered
 
@@ -76,15 +76,8 @@ class _Inliner:
         cached = (function, value.device, *settings)
         if cached not in self._templates:
             self._templates[cached] = _torch.trace(lambda given: function(given, *settings), value)
-        copies: dict[fx.Node, fx.Node] = {}
-        template = self._templates[cached].graph
         with self._graph.inserting_before(projection):
-            for node in template.nodes:
-                if node.op == "placeholder":
-                    copies[node] = source
-                elif node.op != "output":
-                    copies[node] = self._graph.node_copy(node, copies.__getitem__)
-        return [copies[node] for node in template.output_node().all_input_nodes]
+            return insert_copy(self._graph, self._templates[cached].graph, [source])
 
 
 def _gather(graph: fx.Graph, projection: fx.Node, inline: _Inliner) -> None:

@@ -3,7 +3,7 @@
 import math
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -19,6 +19,7 @@ from compact_fx.passes.nodes import (
     is_transposition,
     permutation,
 )
+from compact_fx.plan import Side
 
 aten = torch.ops.aten
 
@@ -30,18 +31,27 @@ _TRANSPARENT = PERMUTING | RESHAPING | COPYING | {aten.add.Tensor}
 class Use:
     """One product of an activation and an incoming gradient that a weight's gradient consists of.
 
+    A sketch projects one of the two operands: the activation x on the weight's input side, the
+    incoming gradient dy on its output side.
+
     Attributes:
         matmul: its node, see `MATMULS`; what follows its two operands says how experts share
             the tokens.
         position: which operand is the activation: 1 in `dyᵀ·x` (`F.linear`), 0 in `xᵀ·dy`
             (GPT-2's Conv1D).
-        in_dim: which dimension of the weight in_features is, None where the product is reshaped on
-            its way to the gradient.
+        dims: which dimensions of the weight the last two of the product are, None where it is
+            reshaped on its way to the gradient.
+        side: which operand is projected.
     """
 
     matmul: fx.Node
     position: Literal[0, 1]
-    in_dim: int | None
+    dims: tuple[int, int] | None
+    side: Side = "input"
+
+    def on(self, side: Side) -> "Use":
+        """The same with this operand projected."""
+        return self if side == self.side else replace(self, side=side)
 
     @property
     def activation(self) -> fx.Node:
@@ -49,16 +59,29 @@ class Use:
 
         With one more dimension in front where each expert has tokens of its own.
         """
-        operand = self.matmul.args[self.position]
+        return self._operand(self.position)
+
+    @property
+    def projected(self) -> fx.Node:
+        """What the side projects, x or dy, laid out as `activation`."""
+        return self._operand(self.projected_position)
+
+    @property
+    def projected_position(self) -> int:
+        """Which operand that is."""
+        return self.position if self.side == "input" else 1 - self.position
+
+    def _operand(self, position: int) -> fx.Node:
+        operand = self.matmul.args[position]
         assert isinstance(operand, fx.Node)
-        if self.position == 0 and is_transposition(operand):
+        if position == 0 and is_transposition(operand):
             return operand.args[0]  # type: ignore[return-value]
         return operand
 
     @property
     def features_first(self) -> bool:
-        """Whether `activation` is the transpose of x."""
-        return self.activation is self.matmul.args[0]
+        """Whether `projected` has tokens last."""
+        return self.projected is self.matmul.args[0]
 
     @property
     def tokens(self) -> int | torch.SymInt:
@@ -92,6 +115,16 @@ class Use:
         """Columns of dy."""
         size: int | torch.SymInt = self.matmul.meta["val"].shape[-1 - self.position]
         return size
+
+    @property
+    def features(self) -> int | torch.SymInt:
+        """Columns of what is projected."""
+        return self.in_features if self.side == "input" else self.out_features
+
+    @property
+    def dim(self) -> int | None:
+        """Which dimension of the weight `features` is, None where it is not known."""
+        return None if self.dims is None else self.dims[self.projected_position]
 
 
 @dataclass(frozen=True)
@@ -214,8 +247,8 @@ class _Finder:
                 and gradient in self._backward
             ):
                 kept = dims is not None and dims[:-2] == tuple(range(len(dims) - 2))
-                in_dim = dims[position - 2] if dims is not None and kept else None
-                return Use(matmul, position, in_dim)  # type: ignore[arg-type]
+                known = dims[-2:] if dims is not None and kept else None
+                return Use(matmul, position, known)  # type: ignore[arg-type]
         return None
 
 

@@ -60,11 +60,12 @@ class JointGraph:
                     last.meta["val"] = like.meta["val"].new_empty(1).expand(role.shape)
                 else:
                     value = plan.projections[role.projection].empty_source(like.meta["val"])
-                    last = graph.placeholder(f"{'table' if value.dim() else 'key'}_{index}")
+                    kind = ("key", "table", "tracked")[value.dim()]
+                    last = graph.placeholder(f"{kind}_{index}")
                     last.meta["val"] = value
             _torch.set_input_index(last, index)
-        factors = [index for index, role in added.items() if isinstance(role, FactorInput)]
-        _torch.add_gradient_outputs(graph, factors)
+        receiving = [i for i, receives in zip(added, plan.has_gradient, strict=True) if receives]
+        _torch.add_gradient_outputs(graph, receiving)
         return replace(duplicate, added=added)
 
     def inputs(self) -> dict[int, fx.Node]:

@@ -1,6 +1,6 @@
 """List the weight gradients that may be sketched: at what rank, with whom, or why not."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -10,6 +10,7 @@ from compact_fx.config import CompactConfig, resolve_rank
 from compact_fx.errors import failures_of
 from compact_fx.passes.find_weight_grads import Use, WeightGrad, find_weight_grads
 from compact_fx.passes.joint_graph import JointGraph
+from compact_fx.passes.nodes import GROUPED_PRODUCT
 from compact_fx.plan import FactorInput, Plan, ProjectionInput, Site
 from compact_fx.projections import Projection, salt_of
 
@@ -21,7 +22,10 @@ Uses = Mapping[tuple[int, int], Use]
 
 
 def list_sites(
-    joint: JointGraph, config: CompactConfig, failed: Mapping[str, str] | None = None
+    joint: JointGraph,
+    config: CompactConfig,
+    failed: Mapping[str, str] | None = None,
+    input_side: Set[int] = frozenset(),
 ) -> tuple[Plan, Uses]:
     """Every candidate weight, sketched late in a first draft, or left alone and why.
 
@@ -33,6 +37,7 @@ def list_sites(
     Args:
         joint: read only.
         failed: weight name → reason, of those that a pass has failed for.
+        input_side: indices of weights that may not be sketched on their output side.
 
     Raises:
         SiteFailed: a weight that this or an earlier pass fails for.
@@ -40,12 +45,14 @@ def list_sites(
     Returns:
         The draft, and what each of its sites is in the graph.
 
-    Contract: a weight that has a projection from another graph keeps it, and shares a sketch only
+    Contract: a tracked weight with less out_features than in_features is sketched on its output
+    side; all others on their input side. A weight that has a projection from another graph keeps it, and shares a sketch only
     with weights that have the same.
     """
     grads = find_weight_grads(joint, skip=failed)
     uses = {(grad.index, i): use for grad in grads for i, use in enumerate(grad.uses)}
-    sites = [site for grad in grads for site in _sites_of(grad, config)]
+    sites = [s for grad in grads for s in _sites_of(grad, config, grad.index in input_side)]
+    uses |= {(s.index, s.use): uses[s.index, s.use].on(s.side) for s in sites if s.rank}
     salts = _salts(sites, uses, joint.salts)
     sketches: dict[tuple[fx.Node, bool, Projection], int] = {}
     projections: dict[Projection, int] = {}
@@ -56,10 +63,10 @@ def list_sites(
         use = uses[site.index, site.use]
         projection = Projection(
             salt=salts[site.index],
-            in_features=site.in_features,
+            features=site.features,
             rank=site.rank,
             kind=config.projection,
-            dtype=use.activation.meta["val"].dtype,
+            dtype=use.projected.meta["val"].dtype,
         )
         if projection not in projections:
             projections[projection] = len(projections)
@@ -67,7 +74,7 @@ def list_sites(
         number = projections[projection]
         if site.index not in owners[number]:
             owners[number].append(site.index)
-        key = (use.activation, use.features_first, projection)
+        key = (use.projected, use.features_first, projection)
         sites[position] = replace(
             site, sketch=sketches.setdefault(key, len(sketches)), projection=number
         )
@@ -77,29 +84,34 @@ def list_sites(
             own = [(i, site) for i, site in enumerate(sites) if site.index == grad.index]
             if all(site.sketch is None for _, site in own):
                 continue
-            factor = _factor_input(grad, [site for _, site in own], joint)
+            factor = _factor_input(grad, [site for _, site in own], uses, joint)
             if isinstance(factor, FactorInput):
                 factors.append(factor)
             else:
                 for i, site in own:
                     sites[i] = replace(site, reason=site.reason or f"dense gradient: {factor}")
     drawn = [ProjectionInput(projection=i, owners=tuple(own)) for i, own in enumerate(owners)]
-    plan = Plan(sites=tuple(sites), projections=tuple(projections), inputs=(*drawn, *factors))
+    plan = Plan(
+        sites=tuple(sites),
+        projections=tuple(projections),
+        inputs=(*drawn, *factors),
+        track_every=config.track_every if config.projection == "tracked" else 1,
+    )
     return plan, uses
 
 
-def _sites_of(grad: WeightGrad, config: CompactConfig) -> Iterable[Site]:
+def _sites_of(grad: WeightGrad, config: CompactConfig, on_input: bool) -> Iterable[Site]:
     bare = Site(weight=grad.name, index=grad.index)
     if not grad.uses:
         yield replace(bare, reason=grad.reason)
     for i, use in enumerate(grad.uses):
         with failures_of("list_sites", grad.name):
-            yield _site(replace(bare, use=i), use, config)
+            yield _site(replace(bare, use=i), use, config, on_input)
     if grad.uses and grad.reason:
         yield replace(bare, use=len(grad.uses), reason=f"another part: {grad.reason}")
 
 
-def _site(bare: Site, use: Use, config: CompactConfig) -> Site:
+def _site(bare: Site, use: Use, config: CompactConfig, on_input: bool) -> Site:
     """The site with its rank, or with the reason why it is left alone."""
     n, m = use.in_features, use.out_features
     if not (isinstance(n, int) and isinstance(m, int) and isinstance(use.experts, int)):
@@ -114,6 +126,11 @@ def _site(bare: Site, use: Use, config: CompactConfig) -> Site:
         return replace(bare, reason="no pattern of rank matches")
     if n < config.min_features:
         return replace(bare, reason=f"in_features {n} < min_features {config.min_features}")
+    if config.projection == "tracked" and use.matmul.target is GROUPED_PRODUCT:
+        return replace(bare, reason="a grouped matmul of this dtype is not tracked")
+    on_output = config.projection == "tracked" and config.min_features <= m < n and not on_input
+    if on_output and resolve_rank(rank, m) <= m:
+        bare, n = replace(bare, side="output"), m
     if (columns := resolve_rank(rank, n)) > n:
         return replace(bare, reason=f"rank {columns} > in_features {n}")
     if columns % use.rank_multiple:
@@ -136,7 +153,7 @@ def _salts(sites: Iterable[Site], uses: Uses, given: Mapping[int, int]) -> dict[
         if site.placement is None:
             continue
         group = {(site.weight, site.index)}
-        for member in (site.index, uses[site.index, site.use].activation):
+        for member in (site.index, uses[site.index, site.use].projected):
             group |= group_of.get(member, set())
             group_of[member] = group
         for _, index in group:
@@ -149,13 +166,15 @@ def _salts(sites: Iterable[Site], uses: Uses, given: Mapping[int, int]) -> dict[
     return salts
 
 
-def _factor_input(grad: WeightGrad, sites: list[Site], joint: JointGraph) -> FactorInput | str:
+def _factor_input(
+    grad: WeightGrad, sites: list[Site], uses: Uses, joint: JointGraph
+) -> FactorInput | str:
     """The input that receives a weight's factor, or why its gradient cannot stay one."""
     if grad.reason:
         return grad.reason
     if len({site.projection for site in sites}) > 1:
         return "its uses are not sketched alike"
-    dim, *others = (use.in_dim for use in grad.uses)
+    dim, *others = (uses[site.index, site.use].dim for site in sites)
     if dim is None or any(other != dim for other in others):
         return "it is reshaped before it is used"
     assert sites[0].projection is not None

@@ -100,6 +100,24 @@ def transposed(graph: fx.Graph, node: fx.Node, *, like: fx.Node, name: str = "ro
     return insert(graph, aten.permute.default, (node, order), like=like, name=name)
 
 
+def inline(graph: fx.Graph, function: Callable[..., Any], *nodes: fx.Node) -> list[fx.Node]:
+    """Write a function of these nodes into the graph, at the insertion point; its results."""
+    template = _torch.trace(function, *(node.meta["val"] for node in nodes)).graph
+    return insert_copy(graph, template, nodes)
+
+
+def insert_copy(graph: fx.Graph, template: fx.Graph, nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """Write a graph of aten operators into another one, with these nodes as its inputs."""
+    copies: dict[fx.Node, fx.Node] = {}
+    inputs = iter(nodes)
+    for node in template.nodes:
+        if node.op == "placeholder":
+            copies[node] = next(inputs)
+        elif node.op != "output":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    return [copies[node] for node in template.output_node().all_input_nodes]
+
+
 def permutation(node: fx.Node) -> list[int] | None:
     """For a node that only permutes dimensions: for each of its own, which of its input's."""
     if node.target not in PERMUTING:

@@ -1,5 +1,9 @@
 """Put the sketches of a plan into the joint graph."""
 
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
 import torch
 from torch import fx
 
@@ -12,17 +16,18 @@ from compact_fx.passes.nodes import (
     SKETCH,
     WEIGHT,
     finish,
+    inline,
     insert,
     mark_recomputed,
     transposed,
 )
-from compact_fx.plan import FactorInput, Plan, ProjectionInput, Site
-from compact_fx.projections import RANDOM_PROJECTION
+from compact_fx.plan import FactorInput, Plan, ProjectionInput, Side, Site
+from compact_fx.projections import RANDOM_PROJECTION, finite_of, unit_of
 
 aten = torch.ops.aten
 
 
-def rewrite_weight_grads(joint: JointGraph, plan: Plan) -> dict[int, fx.Node]:
+def rewrite_weight_grads(joint: JointGraph, plan: Plan) -> dict[int, tuple[fx.Node, ...]]:
     """Replace each planned weight gradient `dyᵀ x` by `(dyᵀ z) Pᵀ` with the sketch `z = x P`.
 
     Before::
@@ -36,18 +41,21 @@ def rewrite_weight_grads(joint: JointGraph, plan: Plan) -> dict[int, fx.Node]:
         factor = aten.mm(dyᵀ, z)                              # (m, r)
         mm = aten.mm(factor, Pᵀ)                              # (m, n)
 
-    and `xᵀ dy` by `P (zᵀ dy)`. A batched or grouped matmul stays one, of z instead of x, and all
+    and `xᵀ dy` by `P (zᵀ dy)`. On the output side it is `P ((dy P)ᵀ x)`. A batched or grouped matmul stays one, of z instead of x, and all
     of its experts share P. For a weight with a factor input the factor stays as it is: the
     weight's gradient becomes None and that input's the factor. Sites on one activation with one
     projection share P and z. P is marked to be drawn on each side, and late sketches to be
     computed in the backward pass.
+
+    A tracked P is an input itself, and the gradient of that input becomes Y, see `_track`.
 
     Args:
         joint: changed in place; has the plan's inputs.
         plan: decides everything.
 
     Returns:
-        The node of each sketch z.
+        For each sketch the nodes that read its activation: z, and what a tracked P sees of it; on
+        the output side the factors.
 
     Raises:
         CannotCompact: the graph does not have a site of the plan.
@@ -65,7 +73,7 @@ def rewrite_weight_grads(joint: JointGraph, plan: Plan) -> dict[int, fx.Node]:
     others = {name: "" for name in joint.weights.values() if name not in planned}
     grads = find_weight_grads(joint, skip=others)
     uses = {(grad.index, i): use for grad in grads for i, use in enumerate(grad.uses)}
-    sketches: dict[int, tuple[fx.Node, fx.Node]] = {}
+    sketches: dict[int, _Sketch] = {}
     stays_sketched = {role.index for role in plan.factor_inputs}
     for site in plan.sketched:
         use = uses.get((site.index, site.use))
@@ -78,56 +86,185 @@ def rewrite_weight_grads(joint: JointGraph, plan: Plan) -> dict[int, fx.Node]:
             )
         assert site.sketch is not None
         assert site.projection is not None
+        use = use.on(site.side)
         with failures_of("rewrite_weight_grads", site.weight):
             if site.sketch not in sketches:
                 source = sources[site.projection]
                 sketches[site.sketch] = _sketch(joint.module.graph, use, site, plan, source)
             expand = site.index not in stays_sketched
-            _replace(joint.module.graph, use, *sketches[site.sketch], expand)
+            _replace(joint.module.graph, use, sketches[site.sketch], expand, plan.track_every)
+    _return_directions(joint, plan, _track(joint.module.graph, sketches.values()))
     _return_factors(joint)
     finish(joint.module)
-    return {i: sketch for i, (_, sketch) in sketches.items()}
+    return {i: sketch.reads_activation() for i, sketch in sketches.items()}
 
 
-def _sketch(
-    graph: fx.Graph, use: Use, site: Site, plan: Plan, source: fx.Node
-) -> tuple[fx.Node, fx.Node]:
+@dataclass
+class _Sketch:
+    """One sketch z = a P of an operand a, and what its P sees.
+
+    Attributes:
+        side: of its sites.
+        projection: index into the plan's.
+        drawn: P.
+        node: z.
+        rows: a, tokens first.
+        seen: the rows of a that a tracked P sees; None for others.
+        factors: of its sites, and
+        others: of each, the rows of the other operand b that a tracked P sees, and
+        turns: of each, b · F / ‖F‖.
+    """
+
+    side: Side
+    projection: int
+    drawn: fx.Node
+    node: fx.Node
+    rows: fx.Node
+    seen: fx.Node | None
+    factors: list[fx.Node] = field(default_factory=list)
+    others: list[fx.Node] = field(default_factory=list)
+    turns: list[fx.Node] = field(default_factory=list)
+
+    def reads_activation(self) -> tuple[fx.Node, ...]:
+        """What reads x: what the forward computes if the sketch is early."""
+        if self.side == "output":
+            return (*self.factors, *self.others)
+        return (self.node,) if self.seen is None else (self.node, self.seen)
+
+
+def _sketch(graph: fx.Graph, use: Use, site: Site, plan: Plan, source: fx.Node) -> _Sketch:
     assert site.projection is not None
-    x = use.activation
+    rows = use.projected
     projection = plan.projections[site.projection]
-    # Behind the inputs even where x is one itself: the source is an input too.
-    before = x if x.op != "placeholder" else graph.find_nodes(op="placeholder")[-1]
+    seen = None
+    # Behind the inputs even where it is one itself: the source is an input too.
+    before = rows if rows.op != "placeholder" else graph.find_nodes(op="placeholder")[-1]
     with graph.inserting_before(before.next):
         if use.features_first:
-            x = transposed(graph, x, like=x)
-        args = (source, projection.in_features, projection.rank, projection.kind, projection.dtype)
-        drawn = insert(graph, RANDOM_PROJECTION, args, like=x, name="projection")
-        sketch = _product(graph, x, drawn, like=x, name="sketch")
-    drawn.meta[WEIGHT], sketch.meta[SKETCH] = site.weight, site.sketch
-    # P is drawn again on each side: saving it would cost memory.
-    mark_recomputed(drawn)
+            rows = transposed(graph, rows, like=rows)
+        if projection.is_tracked:
+            drawn = source
+        else:
+            p = projection
+            args = (source, p.features, p.rank, p.kind, p.dtype)
+            drawn = insert(graph, RANDOM_PROJECTION, args, like=rows, name="projection")
+        sketch = _product(graph, rows, drawn, like=rows, name="sketch")
+        if projection.is_tracked:
+            seen = _every(graph, rows, plan.track_every, keep=site.placement == "early")
+    sketch.meta[SKETCH] = site.sketch
+    if not projection.is_tracked:
+        drawn.meta[WEIGHT] = site.weight
+        # P is drawn again on each side: saving it would cost memory.
+        mark_recomputed(drawn)
     if site.placement == "late":
         mark_recomputed(sketch)
-    return drawn, sketch
+    return _Sketch(site.side, site.projection, drawn, sketch, rows, seen)
 
 
-def _replace(graph: fx.Graph, use: Use, drawn: fx.Node, sketch: fx.Node, expand: bool) -> None:
-    old = use.matmul
+def _every(graph: fx.Graph, rows: fx.Node, step: int, *, keep: bool = False) -> fx.Node:
+    """Every so many tokens, of each expert; to be kept they need memory of their own."""
+    args = (rows, rows.meta["val"].dim() - 2, 0, sys.maxsize, step)
+    every = insert(graph, aten.slice.Tensor, args, like=rows, name="every")
+    if not keep:
+        mark_recomputed(every)
+        return every
+    (seen,) = inline(graph, lambda t: t.clone(memory_format=torch.contiguous_format), every)
+    seen.meta[SKETCH] = None
+    return seen
+
+
+def _replace(graph: fx.Graph, use: Use, sketch: _Sketch, expand: bool, step: int) -> None:
+    old, position = use.matmul, use.projected_position
     operands = list(old.args)
+    other = operands[1 - position]
     full = f"{old.name}_from_factor"
     with graph.inserting_before(old):
-        operands[use.position] = (
-            sketch if use.position == 1 else transposed(graph, sketch, like=old)
-        )
+        z = sketch.node
+        operands[position] = z if position == 1 else transposed(graph, z, like=old)
         name = f"{old.name}_factor"
         new = factor = insert(graph, old.target, operands, like=old, name=name)  # type: ignore[arg-type]
-        if expand and use.position == 1:
-            back = transposed(graph, drawn, like=old, name="back")
+        if expand and position == 1:
+            back = transposed(graph, sketch.drawn, like=old, name="back")
             new = _product(graph, factor, back, like=old, name=full)
         elif expand:
-            new = _product(graph, drawn, factor, like=old, name=full)
+            new = _product(graph, sketch.drawn, factor, like=old, name=full)
+        sketch.factors.append(factor)
+        if sketch.seen is not None:
+            rows = other if position == 0 else transposed(graph, other, like=old)  # type: ignore[arg-type]
+            sketch.others.append(_every(graph, rows, step))  # type: ignore[arg-type]
+            sketch.turns.append(_turn(graph, sketch.others[-1], factor, position, old, step))
     old.replace_all_uses_with(new)
     graph.erase_node(old)
+
+
+def _turn(
+    graph: fx.Graph, rows: fx.Node, factor: fx.Node, position: int, old: fx.Node, step: int
+) -> fx.Node:
+    """b F / ‖F‖ for the seen rows of b: then aᵀ of it is Gᵀ G P, up to a positive factor."""
+    (unit,) = inline(graph, unit_of, factor)
+    if position == 0:
+        unit = transposed(graph, unit, like=old)
+    if rows.meta["val"].dim() == unit.meta["val"].dim():
+        return _product(graph, rows, unit, like=old, name="turn")
+    offsets = old.args[2]
+    assert isinstance(offsets, fx.Node)
+    if step > 1:  # of the tokens before each end, every so many
+        (offsets,) = inline(
+            graph, lambda ends: ((ends + (step - 1)) // step).to(ends.dtype), offsets
+        )
+    return insert(graph, aten._grouped_mm.default, (rows, unit, offsets), like=old, name="turn")
+
+
+def _track(graph: fx.Graph, sketches: Iterable[_Sketch]) -> dict[int, fx.Node]:
+    """By projection: Y, what its gradients say of where it is to go.
+
+    ::
+
+        turn = dy[::k] F / ‖F‖                   # for each weight that shares x
+        Y = x[::k]ᵀ (turn_q + turn_k + turn_v)   # ∂(½ ‖G P‖²) / ∂P = Gᵀ G P on these tokens
+
+    With x and dy, F and Fᵀ in each other's place on the output side. G itself is never made.
+    What is not finite counts as 0.
+    """
+    order = {node: number for number, node in enumerate(graph.nodes)}
+    directions: dict[int, fx.Node] = {}
+    # In the order of the backward, so that nothing waits for a later layer's.
+    tracked = [sketch for sketch in sketches if sketch.seen is not None]
+    last = {id(s): max(s.turns, key=order.__getitem__) for s in tracked}
+    for sketch in sorted(tracked, key=lambda s: order[last[id(s)]]):
+        at = last[id(sketch)]
+        assert sketch.seen is not None
+        with graph.inserting_after(at):
+            marker = graph.call_function(aten.alias.default, (at,))  # what follows goes before it
+        with graph.inserting_before(marker):
+            turn, *others = sketch.turns
+            for other in others:
+                turn = insert(graph, aten.add.Tensor, (turn, other), like=at, name="turns")
+            columns = transposed(graph, sketch.seen, like=at, name="columns")
+            y = _product(graph, columns, turn, like=at, name="seen")
+            if y.meta["val"].dim() == 3:
+                y = insert(graph, aten.sum.dim_IntList, (y, [0]), like=at, name="seen")
+            (y,) = inline(graph, finite_of, y)
+            if sketch.projection in directions:
+                both = (directions[sketch.projection], y)
+                y = insert(graph, aten.add.Tensor, both, like=at, name="seen")
+            directions[sketch.projection] = y
+        graph.erase_node(marker)
+    return directions
+
+
+def _return_directions(joint: JointGraph, plan: Plan, directions: dict[int, fx.Node]) -> None:
+    """Make each Y the gradient of its projection's input."""
+    output = joint.module.graph.output_node()
+    outputs = list(output.args[0])  # type: ignore[arg-type]
+    positions = joint.gradient_positions()
+    for index, role in joint.added.items():
+        if isinstance(role, ProjectionInput) and plan.projections[role.projection].is_tracked:
+            target = positions.get(index)
+            if target is None or outputs[target] is not None:
+                raise CannotCompact("a tracked projection has no free place among the gradients")
+            outputs[target] = directions[role.projection]
+    output.args = (outputs,)
 
 
 def _product(

@@ -1,7 +1,8 @@
 """Projections: P as a function of a key, and what factors are expressed in."""
 
-from compact_fx.projections.basis import Basis
+from compact_fx.projections.basis import Basis, DrawnBasis, TrackedBasis, Version
 from compact_fx.projections.drawn import (
+    DRAWN,
     KINDS,
     RANDOM_PROJECTION,
     Kind,
@@ -11,16 +12,25 @@ from compact_fx.projections.drawn import (
     source,
 )
 from compact_fx.projections.hashed import fold_in, salt_of
+from compact_fx.projections.tracked import begin, finite_of, follow, unit_of
 
 __all__ = [
+    "DRAWN",
     "KINDS",
     "RANDOM_PROJECTION",
     "Basis",
+    "DrawnBasis",
     "Kind",
     "Projection",
+    "TrackedBasis",
+    "Version",
+    "begin",
     "draw",
+    "finite_of",
+    "follow",
     "fold_in",
     "random_projection",
     "salt_of",
     "source",
+    "unit_of",
 ]

@@ -1,6 +1,8 @@
 """One P at one version: what a factor is expressed in."""
 
 import functools
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,19 +16,117 @@ from compact_fx.projections.drawn import RANDOM_PROJECTION, Projection, draw, so
 from compact_fx.projections.hashed import fold_in
 
 
-@dataclass(frozen=True, kw_only=True)
-class Basis:
+class Basis(ABC):
     """The P that a factor is expressed in: which one, and in which version.
-
-    Two are equal where they make the same P. What a graph or an optimizer makes P of is drawn once
-    for each, and is gone with it.
 
     Attributes:
         projection: everything about P but its version.
         seed: of the run, and
         generation: how often this P has changed since its beginning.
-        dim: which dimension of the weight P takes from in_features to the rank; one of the last
+        dim: which dimension of the weight P takes from its features to the rank; one of the last
             two. All matrices of a batch, as of experts, share P.
+    """
+
+    projection: Projection
+    seed: int
+    generation: int
+    dim: int
+
+    @abstractmethod
+    def source(self, device: torch.device) -> Tensor:
+        """What a graph gets to make P of."""
+
+    @abstractmethod
+    def matrix(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """P (features, rank), rounded as the compiled graph rounds it, then in this dtype."""
+
+    @abstractmethod
+    def is_same(self, other: "Basis") -> bool:
+        """Whether the other is the same P, up to rounding to another dtype."""
+
+    @abstractmethod
+    def along(self, dim: int) -> "Basis":
+        """The same P for a weight that has its features in another dimension."""
+
+    @property
+    def gain(self) -> float:
+        """What makes F Pᵀ as large, entry for entry, as F: 1 where E[P Pᵀ] = I."""
+        return 1.0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Basis":
+        return self
+
+    # --- products with P -------------------------------------------------------------------------
+
+    def is_last(self, tensor: Tensor) -> bool:
+        """Whether P's features are the last dimension of a weight or factor."""
+        return self.dim == tensor.dim() - 1
+
+    def shape_of(self, factor: Tensor) -> tuple[int, ...]:
+        """The dense shape."""
+        shape = [*factor.shape]
+        shape[self.dim] = self.projection.features
+        return tuple(shape)
+
+    def factor_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the factor of a weight of this shape."""
+        rank = self.projection.rank
+        return tuple(rank if i == self.dim else size for i, size in enumerate(shape))
+
+    def expand(self, factor: Tensor) -> Tensor:
+        """The dense matrix of a factor: factor Pᵀ, or P factor where the features come first."""
+        p = self.matrix(factor.device, factor.dtype)
+        with torch.autocast(factor.device.type, enabled=False):
+            return factor @ p.T if self.is_last(factor) else p @ factor
+
+    def compress(self, dense: Tensor) -> Tensor:
+        """The factor of a gradient: dense P, or Pᵀ dense."""
+        p = self.matrix(dense.device, dense.dtype)
+        with torch.autocast(dense.device.type, enabled=False):
+            return dense @ p if self.is_last(dense) else p.T @ dense
+
+    def fit(self, dense: Tensor) -> Tensor:
+        """The factor whose dense matrix is nearest to this one; of `expand(factor)`, the factor."""
+        wide = torch.promote_types(dense.dtype, torch.float32)
+        p = self.matrix(dense.device, wide)
+        rows = dense.to(wide)
+        rows = rows.mT if self.is_last(dense) else rows
+        with torch.autocast(dense.device.type, enabled=False):
+            fitted: Tensor = torch.linalg.lstsq(p.expand(*rows.shape[:-2], *p.shape), rows).solution
+        return (fitted.mT if self.is_last(dense) else fitted).to(dense.dtype)
+
+    def norm(self, factor: Tensor) -> Tensor:
+        """‖factor Pᵀ‖ without building it: √tr(F PᵀP Fᵀ), in the factor's dtype."""
+        p = self.matrix(factor.device, factor.dtype)
+        rows = factor if self.is_last(factor) else factor.mT
+        with torch.autocast(factor.device.type, enabled=False):
+            return ((rows @ (p.T @ p)) * rows).sum().clamp(min=0).sqrt()
+
+    def update_(self, weight: Tensor, factor: Tensor, *, keep: float, scale: float) -> None:
+        """weight ← keep · weight + scale · factor Pᵀ, in place and in one pass over the weight."""
+        drawn = self.matrix(weight.device, weight.dtype)
+        left, right = (factor, drawn.T) if self.is_last(weight) else (drawn, factor)
+        if weight.dim() == 2:
+            weight.addmm_(left, right, beta=keep, alpha=scale)
+        else:  # a batch of experts
+            left, right = (part.expand(len(weight), -1, -1) for part in (left, right))
+            weight.baddbmm_(left, right, beta=keep, alpha=scale)
+
+    def change_to(self, other: "Basis", factor: Tensor) -> Tensor:
+        """What a factor in this basis is in another one: F P₁ᵀP₂, at least in float32."""
+        wide = factor.to(torch.promote_types(factor.dtype, torch.float32))
+        mine, others = (b.matrix(wide.device, wide.dtype) for b in (self, other))
+        with torch.autocast(wide.device.type, enabled=False):
+            change = mine.T @ others
+            return wide @ change if self.is_last(wide) else change.T @ wide
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnBasis(Basis):
+    """P as a function of seed and generation.
+
+    Two are equal where they make the same P. What a graph or an optimizer makes P of is drawn once
+    for each, and is gone with it.
     """
 
     projection: Projection
@@ -42,153 +142,171 @@ class Basis:
         """63-bit number that P is drawn from."""
         return fold_in(self.seed, self.projection.salt, self.generation)
 
-    def is_same_draw(self, other: "Basis") -> bool:
+    def is_same(self, other: Basis) -> bool:
         """Whether the other is the same P, up to rounding to another dtype."""
         mine = replace(self.projection, dtype=other.projection.dtype)
         return replace(self, projection=mine) == other
 
-    def along(self, dim: int) -> "Basis":
-        """The same P for a weight that has in_features in another dimension."""
+    def along(self, dim: int) -> "DrawnBasis":
+        """The same P for a weight that has its features in another dimension."""
         if dim == self.dim:
             return self
         other = replace(self, dim=dim)
         object.__setattr__(other, "_sources", self._sources)
         return other
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Basis":
-        return self
-
     def __reduce__(self) -> tuple[Any, ...]:
-        return _basis, (self.projection, self.seed, self.generation, self.dim)
-
-    # --- P and what it is made of ----------------------------------------------------------------
+        return _drawn_basis, (self.projection, self.seed, self.generation, self.dim)
 
     def source(self, device: torch.device) -> Tensor:
-        """What a graph gets to make P of: the key, 0-d int64, or the table of a countsketch."""
+        """The key, 0-d int64, or the table of a countsketch."""
         given = self._sources.get(device)
         if given is None:
             p = self.projection
             with torch.inference_mode(False):  # a graph keeps it for its backward pass
                 key = torch.full((), self.key, dtype=torch.int64, device=device)
                 if device.type == "cuda" and p.kind == "countsketch" and type(key) is Tensor:
-                    given = _compiled_table(device, p.in_features, p.rank)(key)
+                    given = _compiled_table(device, p.features, p.rank)(key)
                 else:
-                    given = source(key, p.in_features, p.rank, p.kind)
+                    given = source(key, p.features, p.rank, p.kind)
             if type(given) is Tensor:  # not a fake one
                 self._sources[device] = given
         return given
 
     def matrix(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """P (in_features, rank), rounded as the compiled graph rounds it, then in this dtype."""
+        """P (features, rank), rounded as the compiled graph rounds it, then in this dtype."""
         p, given = self.projection, self.source(device)
         if device.type != "cuda":
-            drawn = RANDOM_PROJECTION(given, p.in_features, p.rank, p.kind, p.dtype)
+            drawn = RANDOM_PROJECTION(given, p.features, p.rank, p.kind, p.dtype)
         else:
-            drawn = _compiled_draw(device, p.in_features, p.rank, p.kind, p.dtype)(given)
+            drawn = _compiled_draw(device, p.features, p.rank, p.kind, p.dtype)(given)
         result: Tensor = drawn.to(dtype)
         return result
+
+    # --- the products of a countsketch are gathers -----------------------------------------------
 
     @property
     def _is_gathered(self) -> bool:
         p = self.projection
-        return countsketch.is_gathered(p.kind, p.in_features, p.rank)
+        return countsketch.is_gathered(p.kind, p.features, p.rank)
 
     def _table(self, device: torch.device) -> tuple[Tensor, int, int]:
-        return self.source(device), self.projection.in_features, self.projection.rank
-
-    # --- products with P -------------------------------------------------------------------------
-
-    def is_last(self, tensor: Tensor) -> bool:
-        """Whether in_features are the last dimension of a weight or factor."""
-        return self.dim == tensor.dim() - 1
-
-    def shape_of(self, factor: Tensor) -> tuple[int, ...]:
-        """The dense shape."""
-        shape = [*factor.shape]
-        shape[self.dim] = self.projection.in_features
-        return tuple(shape)
-
-    def factor_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of the factor of a weight of this shape."""
-        rank = self.projection.rank
-        return tuple(rank if i == self.dim else size for i, size in enumerate(shape))
+        return self.source(device), self.projection.features, self.projection.rank
 
     def expand(self, factor: Tensor) -> Tensor:
-        """The dense matrix of a factor: factor Pᵀ, or P factor where in_features come first."""
-        if self._is_gathered:
-            return countsketch.expand(factor, *self._table(factor.device), self.dim)
-        p = self.matrix(factor.device, factor.dtype)
-        with torch.autocast(factor.device.type, enabled=False):
-            return factor @ p.T if self.is_last(factor) else p @ factor
+        if not self._is_gathered:
+            return super().expand(factor)
+        return countsketch.expand(factor, *self._table(factor.device), self.dim)
 
     def compress(self, dense: Tensor) -> Tensor:
-        """The factor of a gradient: dense P, or Pᵀ dense."""
-        if self._is_gathered:
-            return countsketch.compress(dense, *self._table(dense.device), self.dim)
-        p = self.matrix(dense.device, dense.dtype)
-        with torch.autocast(dense.device.type, enabled=False):
-            return dense @ p if self.is_last(dense) else p.T @ dense
+        if not self._is_gathered:
+            return super().compress(dense)
+        return countsketch.compress(dense, *self._table(dense.device), self.dim)
 
     def fit(self, dense: Tensor) -> Tensor:
-        """The factor whose dense matrix is nearest to this one; of `expand(factor)`, the factor."""
+        if not self._is_gathered:
+            return super().fit(dense)
         wide = torch.promote_types(dense.dtype, torch.float32)
-        if self._is_gathered:
-            counts = countsketch.column_counts(*self._table(dense.device), wide)
-            counts = counts if self.is_last(dense) else counts[:, None]
-            return (self.compress(dense.to(wide)) / counts).to(dense.dtype)
-        p = self.matrix(dense.device, wide)
-        rows = dense.to(wide)
-        rows = rows.mT if self.is_last(dense) else rows
-        with torch.autocast(dense.device.type, enabled=False):
-            fitted: Tensor = torch.linalg.lstsq(p.expand(*rows.shape[:-2], *p.shape), rows).solution
-        return (fitted.mT if self.is_last(dense) else fitted).to(dense.dtype)
+        counts = countsketch.column_counts(*self._table(dense.device), wide)
+        counts = counts if self.is_last(dense) else counts[:, None]
+        return (self.compress(dense.to(wide)) / counts).to(dense.dtype)
 
     def norm(self, factor: Tensor) -> Tensor:
-        """‖factor Pᵀ‖ without building it: √tr(F PᵀP Fᵀ), in the factor's dtype."""
-        device = factor.device
-        if self._is_gathered:
-            counts = countsketch.column_counts(*self._table(device), factor.dtype)
-            weights = counts if self.is_last(factor) else counts[:, None]
-            return (factor.square() * weights).sum().sqrt()
-        p = self.matrix(device, factor.dtype)
-        rows = factor if self.is_last(factor) else factor.mT
-        with torch.autocast(device.type, enabled=False):
-            return ((rows @ (p.T @ p)) * rows).sum().clamp(min=0).sqrt()
+        if not self._is_gathered:
+            return super().norm(factor)
+        counts = countsketch.column_counts(*self._table(factor.device), factor.dtype)
+        weights = counts if self.is_last(factor) else counts[:, None]
+        return (factor.square() * weights).sum().sqrt()
 
     def update_(self, weight: Tensor, factor: Tensor, *, keep: float, scale: float) -> None:
-        """weight ← keep · weight + scale · factor Pᵀ, in place and in one pass over the weight."""
-        p = self.projection
-        if self._is_gathered and weight.device.type == "cuda" and weight.is_contiguous():
+        if not self._is_gathered:
+            super().update_(weight, factor, keep=keep, scale=scale)
+        elif weight.device.type == "cuda" and weight.is_contiguous():
+            p = self.projection
             update = _compiled_update(
-                weight.device, p.in_features, p.rank, self.dim, weight.shape, weight.dtype
+                weight.device, p.features, p.rank, self.dim, weight.shape, weight.dtype
             )
             numbers = torch.tensor([keep, scale], dtype=torch.float64).unbind()
             update(weight, factor, self.source(weight.device), *numbers)
-            return
-        if self._is_gathered:
+        else:
             weight.mul_(keep).add_(self.expand(factor), alpha=scale)
-            return
-        drawn = self.matrix(weight.device, weight.dtype)
-        left, right = (factor, drawn.T) if self.is_last(weight) else (drawn, factor)
-        if weight.dim() == 2:
-            weight.addmm_(left, right, beta=keep, alpha=scale)
-        else:  # a batch of experts
-            left, right = (part.expand(len(weight), -1, -1) for part in (left, right))
-            weight.baddbmm_(left, right, beta=keep, alpha=scale)
 
-    def change_to(self, other: "Basis", factor: Tensor) -> Tensor:
-        """What a factor in this basis is in another one: F P₁ᵀP₂, at least in float32."""
+    def change_to(self, other: Basis, factor: Tensor) -> Tensor:
+        if not (self._is_gathered and isinstance(other, DrawnBasis) and other._is_gathered):
+            return super().change_to(other, factor)
         wide = factor.to(torch.promote_types(factor.dtype, torch.float32))
-        if self._is_gathered and other._is_gathered:
-            return other.compress(self.expand(wide))
+        return other.compress(self.expand(wide))
+
+
+def _drawn_basis(projection: Projection, seed: int, generation: int, dim: int) -> DrawnBasis:
+    return DrawnBasis(projection=projection, seed=seed, generation=generation, dim=dim)
+
+
+@dataclass(eq=False)
+class Version:
+    """One version of a tracked P; never changed.
+
+    Attributes:
+        matrix: (features, rank), orthonormal columns.
+        generation: how often P has changed before.
+    """
+
+    matrix: Tensor
+    generation: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackedBasis(Basis):
+    """P as stored: orthonormal columns that follow the gradient.
+
+    Two are equal where they hold the same version.
+    """
+
+    projection: Projection
+    seed: int
+    version: Version
+    dim: int
+
+    @property
+    def generation(self) -> int:  # type: ignore[override]
+        """How often this P has changed since its beginning."""
+        return self.version.generation
+
+    def is_same(self, other: Basis) -> bool:
+        """Whether the other is the same P, up to rounding to another dtype."""
+        return isinstance(other, TrackedBasis) and self.version is other.version
+
+    def along(self, dim: int) -> "TrackedBasis":
+        """The same P for a weight that has its features in another dimension."""
+        return self if dim == self.dim else replace(self, dim=dim)
+
+    def source(self, device: torch.device) -> Tensor:
+        """P itself."""
+        return self.version.matrix.to(device, self.projection.dtype)
+
+    def matrix(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """P (features, rank), rounded as the compiled graph rounds it, then in this dtype."""
+        return self.source(device).to(dtype)
+
+    @property
+    def gain(self) -> float:
+        """√(n / r): the columns of P are orthonormal."""
+        return math.sqrt(self.projection.features / self.projection.rank)
+
+    def norm(self, factor: Tensor) -> Tensor:
+        """‖factor Pᵀ‖ = ‖factor‖."""
+        return torch.linalg.vector_norm(factor)
+
+    def change_squares_to(self, other: Basis, squares: Tensor) -> Tensor:
+        """What the second moment of a factor in this basis is in another one: V (R ∘ R), R = P₁ᵀP₂.
+
+        As if the entries of a row were independent; at least in float32.
+        """
+        wide = squares.to(torch.promote_types(squares.dtype, torch.float32))
         mine, others = (b.matrix(wide.device, wide.dtype) for b in (self, other))
         with torch.autocast(wide.device.type, enabled=False):
-            change = mine.T @ others
+            change = (mine.T @ others).square()
             return wide @ change if self.is_last(wide) else change.T @ wide
-
-
-def _basis(projection: Projection, seed: int, generation: int, dim: int) -> Basis:
-    return Basis(projection=projection, seed=seed, generation=generation, dim=dim)
 
 
 # --- on a GPU these are one fused kernel each; operator by operator they would be forty -----------

@@ -13,9 +13,12 @@ from torch import Tensor
 
 from compact_fx.projections.countsketch import countsketch, countsketch_table, table_length
 from compact_fx.projections.hashed import fold_in, gaussian, orthogonal, rademacher, sparse
+from compact_fx.projections.tracked import begin
 
-Kind = Literal["gaussian", "rademacher", "sparse", "orthogonal", "countsketch"]
+Kind = Literal["tracked", "countsketch", "gaussian", "rademacher", "sparse", "orthogonal"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+DRAWN: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind != "tracked")
+"""Those that are a function of a key; the other is stored and follows the gradient."""
 
 _DRAW: dict[str, Callable[[Tensor, int, int], Tensor]] = {
     "gaussian": gaussian,
@@ -79,7 +82,7 @@ def random_projection(
         ValueError: an unknown kind, or a rank outside of what the kind allows.
     """
     if kind not in _DRAW:
-        raise ValueError(f"kind={kind!r} is not a projection; choose one of {', '.join(KINDS)}")
+        raise ValueError(f"kind={kind!r} is not drawn; choose one of {', '.join(DRAWN)}")
     if n < 1 or not dtype.is_floating_point:
         raise ValueError(f"n={n} must be ≥ 1 and dtype={dtype} a floating-point type")
     if rank < 1 or (kind == "orthogonal" and rank > n):
@@ -96,14 +99,14 @@ class Projection:
 
     Attributes:
         salt: from the qualified name of the first weight sketched with it.
-        in_features: rows of P.
+        features: rows of P: in_features of the weights, or out_features on their output side.
         rank: columns of P.
-        kind: see `random_projection`.
-        dtype: the activation's.
+        kind: "tracked", or see `random_projection`.
+        dtype: of what is projected.
     """
 
     salt: int
-    in_features: int
+    features: int
     rank: int
     kind: Kind
     dtype: torch.dtype
@@ -111,10 +114,12 @@ class Projection:
     def __call__(
         self, seed: int, generation: int = 0, device: torch.device | str | None = None
     ) -> Tensor:
-        """P (in_features, rank) as the compiled graph draws it."""
+        """P (features, rank) as the compiled graph draws it; a tracked one begins like this."""
+        if self.is_tracked:
+            return begin(fold_in(seed, self.salt), self.features, self.rank, self.dtype, device)
         return random_projection(
             seed,
-            self.in_features,
+            self.features,
             self.rank,
             salt=self.salt,
             generation=generation,
@@ -122,6 +127,11 @@ class Projection:
             dtype=self.dtype,
             device=device,
         )
+
+    @property
+    def is_tracked(self) -> bool:
+        """Whether P is stored and follows the gradient, instead of drawn from a key."""
+        return self.kind == "tracked"
 
     def with_salt(self, salt: int) -> "Projection":
         """The same from another salt."""
@@ -133,7 +143,9 @@ class Projection:
 
     def empty_source(self, like: Tensor) -> Tensor:
         """Of the shape and dtype of `source`, on the device of `like`; values undefined."""
+        if self.is_tracked:
+            return like.new_empty((self.features, self.rank), dtype=self.dtype)
         if self.kind == "countsketch":
-            length = table_length(self.in_features, self.rank)
+            length = table_length(self.features, self.rank)
             return like.new_empty(length, dtype=torch.int32)
         return like.new_empty((), dtype=torch.int64)

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from compact_fx import _torch
+from compact_fx.config import CompactConfig
 from compact_fx.plan import FactorInput, Plan
-from compact_fx.projections import Basis
+from compact_fx.projections import Basis, DrawnBasis
 from compact_fx.training.delivery import empty_leaf, leaf_of, refuse_distributed, refuse_hooks
+from compact_fx.training.followed import change_those_due
 from compact_fx.training.watch import Watch
 from compact_fx.training.weights import Group, WeightRecord, changes, record_of
 
@@ -25,12 +27,13 @@ class GraphInputs:
     own forward pass got. Equal blocks share a graph, so each set of weights has its own.
     """
 
-    def __init__(self, plan: Plan, seed: int, update_interval: int, watch: Watch) -> None:
+    def __init__(self, plan: Plan, config: CompactConfig, watch: Watch) -> None:
         self._plan = plan
-        self._seed = seed
-        self._update_interval = update_interval
+        self._config = config
         self._watch = watch
         self._factors = plan.factor_inputs
+        named = {site.projection: site.weight for site in reversed(plan.sketched)}
+        self._names = [named[number] for number in range(len(plan.projections))]
         self._indices = tuple(dict.fromkeys(i for p in plan.projection_inputs for i in p.owners))
         self._last: dict[tuple[int, ...], _Entry] = {}  # by ids of weights
 
@@ -42,7 +45,8 @@ class GraphInputs:
                 examples.append(empty_leaf(arguments[role.index], role.shape))
             else:
                 projection = self._plan.projections[role.projection]
-                examples.append(projection.empty_source(arguments[role.owners[0]]))
+                example = projection.empty_source(arguments[role.owners[0]].detach())
+                examples.append(example.requires_grad_(projection.is_tracked))
         return examples
 
     def __call__(self, arguments: Sequence[Any]) -> list[Tensor]:
@@ -82,6 +86,7 @@ class GraphInputs:
     def _entry(
         self, weights: Sequence[Tensor], arguments: Sequence[Any], old: "_Entry | None"
     ) -> "_Entry":
+        change_those_due()
         now = changes()
         if old is not None and self._versions(old.groups) == old.versions:
             old.changes = now
@@ -93,11 +98,18 @@ class GraphInputs:
         records = dict(zip(self._indices, map(record_of, weights), strict=True))
         owners = [[records[i] for i in p.owners] for p in self._plan.projection_inputs]
         groups = [self._group(number, own) for number, own in enumerate(owners)]
+        device = weights[0].device
+        bases: list[Basis] = []
+        sources: list[Tensor] = []
+        for number, (group, own) in enumerate(zip(groups, owners, strict=True)):
+            if self._plan.projections[number].is_tracked:
+                basis, source = self._followed(number, group.root(), device)
+                bases.append(self._shared(basis, own))
+            else:
+                bases.append(self._shared(self._drawn(number, group.root()), own))
+                source = bases[-1].source(device)
+            sources.append(source)
         versions = self._versions(groups)
-        bases = [
-            self._basis(number, version, own)
-            for number, (version, own) in enumerate(zip(versions, owners, strict=True))
-        ]
         factor_bases = [bases[role.projection].along(role.dim) for role in self._factors]
         for record in records.values():
             record.watch, record.is_factor = self._watch, False
@@ -108,7 +120,6 @@ class GraphInputs:
             leaf_of(arguments[role.index], role.shape, basis)
             for role, basis in zip(self._factors, factor_bases, strict=True)
         ]
-        device = weights[0].device
         entry = _Entry(
             references=[weakref.ref(weight) for weight in weights],
             records=list(records.values()),
@@ -118,7 +129,7 @@ class GraphInputs:
             groups=groups,
             versions=versions,
             factor_bases=factor_bases,
-            inputs=[*(basis.source(device) for basis in bases), *leaves],
+            inputs=[*sources, *leaves],
         )
         if old is not None:
             entry.take_over(old)
@@ -132,18 +143,39 @@ class GraphInputs:
             group.add(record)
         return group
 
-    def _versions(self, groups: Sequence[Group]) -> list[tuple[int, int]]:
-        """Salt and generation of each projection."""
-        roots = [group.root() for group in groups]
-        return [(root.salt, root.steps // self._update_interval) for root in roots]
+    def _versions(self, groups: Sequence[Group]) -> list[object]:
+        """What stays the same for as long as each projection does."""
+        versions: list[object] = []
+        for group, projection in zip(groups, self._plan.projections, strict=True):
+            root = group.root()
+            if projection.is_tracked:
+                followed = root.followed.get((projection.features, projection.rank))
+                versions.append(followed and followed.version)
+            else:
+                versions.append((root.salt, self._generation(root)))
+        return versions
 
-    def _basis(
-        self, number: int, version: tuple[int, int], owners: Sequence[WeightRecord]
-    ) -> Basis:
-        """A projection in this version; the same object that other graphs have."""
-        salt, generation = version
-        projection = self._plan.projections[number].with_salt(salt).canonical()
-        basis = Basis(projection=projection, seed=self._seed, generation=generation, dim=1)
+    def _generation(self, group: Group) -> int:
+        return group.steps // self._config.interval
+
+    def _drawn(self, number: int, group: Group) -> Basis:
+        """A projection in the version that the steps of its weights say."""
+        projection = self._plan.projections[number].with_salt(group.salt).canonical()
+        generation, seed = self._generation(group), self._config.seed
+        return DrawnBasis(projection=projection, seed=seed, generation=generation, dim=1)
+
+    def _followed(self, number: int, group: Group, device: torch.device) -> tuple[Basis, Tensor]:
+        """A tracked projection as it is now, and the leaf that a graph gets of it."""
+        projection = self._plan.projections[number].with_salt(group.salt)
+        followed = group.follow(projection, self._config.seed, device)
+        followed.interval = self._config.interval
+        followed.columns = round(self._config.follow * projection.rank)
+        followed.energies = self._watch.energies.setdefault(self._names[number], followed.energies)
+        leaf = followed.leaf(projection.dtype, device)
+        return followed.basis(projection), leaf
+
+    def _shared(self, basis: Basis, owners: Sequence[WeightRecord]) -> Basis:
+        """The same object that other graphs have, if they have the same projection."""
         for known in (r.basis.along(1) for r in owners if r.basis is not None):
             if known == basis:
                 return known
@@ -180,7 +212,7 @@ class _Entry:
     factor_records: list[WeightRecord]
     changes: int
     groups: list[Group]
-    versions: list[tuple[int, int]]
+    versions: list[object]
     factor_bases: list[Basis]
     inputs: list[Tensor]
     calls: int = 0

@@ -1,23 +1,36 @@
 """What an optimizer's state is expressed in: check it, carry it into another basis, save it."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from compact_fx.projections import KINDS, Basis, Projection, salt_of
+from compact_fx.projections import (
+    KINDS,
+    Basis,
+    DrawnBasis,
+    Projection,
+    TrackedBasis,
+    Version,
+    salt_of,
+)
+from compact_fx.training.followed import Followed
 
 Refresh = Literal["keep", "project", "reset"]
 REFRESHES: tuple[Refresh, ...] = ("keep", "project", "reset")
 
-_LINEAR = ("exp_avg", "momentum_buffer")  # what is linear in the gradient
+_LINEAR = ("exp_avg", "momentum_buffer", "grad_avg")  # what is linear in the gradient
+_SQUARED = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")  # what sums its squares
 _MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}  # which a state has whole or not at all
 
 # In a saved state each is a 0-d int64 tensor: distributed checkpoints load tensors in place, and
 # torch.load takes them with weights_only=True.
 _PREFIX = "projection_"
-_NAMES = ("salt", "seed", "generation", "in_features", "rank", "kind", "dtype", "dim")
+_NAMES = ("salt", "seed", "generation", "features", "rank", "kind", "dtype", "dim")
+# Of a tracked projection: P that the moments are in; P, Y and the position in the interval, now.
+_TRACKED = ("matrix", "now", "now_generation", "gradient", "since")
 _KIND_IDS = {salt_of(kind): kind for kind in KINDS}
 _DTYPE_IDS = {
     salt_of(str(dtype)): dtype
@@ -34,7 +47,7 @@ def check(state: Basis, gradient: Basis, shape: tuple[int, ...]) -> None:
     had, has = state.projection, gradient.projection
     pairs = {
         "rank": (had.rank, has.rank),
-        "in_features": (had.in_features, has.in_features),
+        "features": (had.features, has.features),
         "kind": (had.kind, has.kind),
         "seed": (state.seed, gradient.seed),
         "dim": (state.dim, gradient.dim),
@@ -48,16 +61,22 @@ def check(state: Basis, gradient: Basis, shape: tuple[int, ...]) -> None:
 
 
 def carry(state: dict[str, Any], old: Basis, new: Basis, refresh: Refresh) -> None:
-    """Bring a state into another basis: as it is, projected, or not at all."""
-    if old is new or old.is_same_draw(new) or refresh == "keep":
+    """Bring a state into another basis.
+
+    From one random projection to another as `refresh` says: as it is, projected, or not at all. In
+    tracked ones moments are rotated: with R = P₁ᵀP₂, M becomes M R and V becomes V (R ∘ R).
+    """
+    is_tracked = isinstance(old, TrackedBasis) and isinstance(new, TrackedBasis)
+    if old is new or old.is_same(new) or (refresh == "keep" and not is_tracked):
         return
     if refresh == "reset":
         state.clear()
         return
-    for name in _LINEAR:
-        moment = state.get(name)
-        if moment is not None:
+    for name, moment in state.items():
+        if name in _LINEAR and moment is not None:
             moment.copy_(old.change_to(new, moment))
+        elif name in _SQUARED and isinstance(old, TrackedBasis) and is_tracked:
+            moment.copy_(old.change_squares_to(new, moment))
 
 
 def names_of(basis: Basis | None, steps: int | None = None) -> dict[str, Tensor]:
@@ -65,7 +84,24 @@ def names_of(basis: Basis | None, steps: int | None = None) -> dict[str, Tensor]
     values = {} if steps is None else {"steps": steps}
     if basis is not None:
         values |= _numbers_of(basis)
-    return {_PREFIX + k: torch.tensor(v, dtype=torch.int64) for k, v in values.items()}
+    names = {k: torch.tensor(v, dtype=torch.int64) for k, v in values.items()}
+    if isinstance(basis, TrackedBasis):
+        names["matrix"] = basis.version.matrix
+    return {_PREFIX + name: value for name, value in names.items()}
+
+
+def names_of_followed(followed: Followed) -> dict[str, Tensor]:
+    """Where a tracked projection is: in which version, with what it has seen, since when."""
+    version, gradient = followed.version, followed.gradient
+    if gradient is None:
+        gradient = torch.zeros_like(version.matrix, dtype=torch.float32)
+    names = {
+        "now": version.matrix,
+        "now_generation": torch.tensor(version.generation, dtype=torch.int64),
+        "gradient": gradient,
+        "since": torch.tensor(followed.steps() - followed.changed_at, dtype=torch.int64),
+    }
+    return {_PREFIX + name: value for name, value in names.items()}
 
 
 def _numbers_of(basis: Basis) -> dict[str, int]:
@@ -74,7 +110,7 @@ def _numbers_of(basis: Basis) -> dict[str, int]:
         "salt": p.salt,
         "seed": basis.seed,
         "generation": basis.generation,
-        "in_features": p.in_features,
+        "features": p.features,
         "rank": p.rank,
         "kind": salt_of(p.kind),
         "dtype": salt_of(str(p.dtype)),
@@ -87,23 +123,51 @@ def without_names(state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in state.items() if not name.startswith(_PREFIX)}
 
 
-def restored(state: Mapping[str, Any], weight: Tensor) -> tuple[Basis | None, int]:
-    """What a saved state of this weight is expressed in (None: it is dense), and its steps.
+@dataclass
+class Restored:
+    """What a saved state says beside the moments.
+
+    Attributes:
+        basis: what it is expressed in, None for a dense one.
+        steps: of the weight.
+        now: of a tracked projection the version, Y, and the steps since P has changed.
+    """
+
+    basis: Basis | None
+    steps: int
+    now: tuple[Version, Tensor, int] | None = None
+
+
+def restored(state: Mapping[str, Any], weight: Tensor, known: list[Version]) -> Restored:
+    """What a saved state of this weight says beside the moments.
+
+    Args:
+        known: versions of other weights' states, and from then on this one's: equal ones are one.
 
     Raises:
         ValueError: what the state says does not fit together, or not to the weight.
     """
     whose = f"the saved state of a weight of shape {tuple(weight.shape)}"
     numbers: dict[str, int] = {}
+    tensors: dict[str, Tensor] = {}
     for name, value in state.items():
-        if name.startswith(_PREFIX):
-            whole = isinstance(value, Tensor) and not value.is_floating_point()
-            if not whole or value.numel() != 1 or value < 0:
-                raise ValueError(f"{whose} is damaged: {name}={value!r} must be one int ≥ 0")
-            numbers[name.removeprefix(_PREFIX)] = int(value)
+        if not name.startswith(_PREFIX):
+            continue
+        bare = name.removeprefix(_PREFIX)
+        if bare in ("matrix", "now", "gradient"):
+            tensors[bare] = value
+            continue
+        whole = isinstance(value, Tensor) and not value.is_floating_point()
+        if not whole or value.numel() != 1 or value < 0:
+            raise ValueError(f"{whose} is damaged: {name}={value!r} must be one int ≥ 0")
+        numbers[bare] = int(value)
     # torch's own optimizers have counted as well, if not for projections.
     steps = numbers.pop("steps", int(state.get("step", 0)))
-    basis = _basis_of(numbers, weight, whose) if numbers else None
+    result = Restored(None, steps)
+    if numbers:
+        result = _basis_of(numbers, tensors, weight, whose, known)
+        result.steps = steps
+    basis = result.basis
     factor = tuple(weight.shape) if basis is None else basis.factor_shape(weight.shape)
     for name, moment in without_names(state).items():
         if name in _MOMENTS and (not isinstance(moment, Tensor) or moment.dim() != weight.dim()):
@@ -116,10 +180,16 @@ def restored(state: Mapping[str, Any], weight: Tensor) -> tuple[Basis | None, in
             raise ValueError(
                 f"{whose} is damaged: {name} has shape {tuple(moment.shape)}, not {factor}"
             )
-    return basis, steps
+    return result
 
 
-def _basis_of(numbers: Mapping[str, int], weight: Tensor, whose: str) -> Basis:
+def _basis_of(
+    numbers: Mapping[str, int],
+    tensors: Mapping[str, Tensor],
+    weight: Tensor,
+    whose: str,
+    known: list[Version],
+) -> Restored:
     missing = [name for name in _NAMES if name not in numbers]
     if missing:
         raise ValueError(f"{whose} is damaged: {_PREFIX}{missing[0]} is missing")
@@ -128,13 +198,34 @@ def _basis_of(numbers: Mapping[str, int], weight: Tensor, whose: str) -> Basis:
         raise ValueError(
             f"{whose} has a kind of projection that is not known here; known: {', '.join(KINDS)}"
         )
-    rank, n, dim = numbers["rank"], numbers["in_features"], numbers["dim"]
+    rank, n, dim = numbers["rank"], numbers["features"], numbers["dim"]
     if not (0 <= dim < weight.dim() and weight.shape[dim] == n and 1 <= rank <= n):
         raise ValueError(
             f"{whose} is of {n} features in dimension {dim} with rank {rank}: it belongs to "
             "another weight, or is damaged"
         )
-    projection = Projection(salt=numbers["salt"], in_features=n, rank=rank, kind=kind, dtype=dtype)
-    return Basis(
-        projection=projection, seed=numbers["seed"], generation=numbers["generation"], dim=dim
-    )
+    projection = Projection(salt=numbers["salt"], features=n, rank=rank, kind=kind, dtype=dtype)
+    seed, generation = numbers["seed"], numbers["generation"]
+    if not projection.is_tracked:
+        drawn = DrawnBasis(projection=projection, seed=seed, generation=generation, dim=dim)
+        return Restored(drawn, 0)
+    for name in _TRACKED:
+        if name not in {**numbers, **tensors}:
+            raise ValueError(f"{whose} is damaged: {_PREFIX}{name} is missing")
+        value = tensors.get(name)
+        if value is not None and (not isinstance(value, Tensor) or value.shape != (n, rank)):
+            raise ValueError(f"{whose} is damaged: {_PREFIX}{name} must be of shape {(n, rank)}")
+
+    def version(name: str, generation: int) -> Version:
+        matrix = tensors[name].detach().to(weight.device, copy=True)
+        for other in known:
+            if other.generation == generation and torch.equal(other.matrix, matrix):
+                return other
+        known.append(Version(matrix, generation))
+        return known[-1]
+
+    own = version("matrix", generation)
+    now = version("now", numbers["now_generation"])
+    gradient = tensors["gradient"].detach().to(weight.device, torch.float32, copy=True)
+    basis = TrackedBasis(projection=projection, seed=seed, version=own, dim=dim)
+    return Restored(basis, 0, (now, gradient, numbers["since"]))

@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ _RULES: dict[type[torch.optim.Optimizer], Rule] = {
     torch.optim.AdamW: Rule(decoupled=True),
     torch.optim.Adafactor: Rule(decoupled=True, is_relative=True),
     torch.optim.Adam: Rule(decoupled=False),
-    torch.optim.SGD: Rule(decoupled=False),
+    torch.optim.SGD: Rule(decoupled=False, is_normalized=False),
     torch.optim.RMSprop: Rule(decoupled=False),
 }
 
@@ -106,7 +107,7 @@ def compact_optimizer(
     elif decoupled_weight_decay is not None:
         rule = Rule(decoupled_weight_decay, rule.is_relative)
     if not rule.is_relative:
-        _check_updates(optimizer_class, kwargs)
+        rule = replace(rule, is_normalized=_check_updates(optimizer_class, kwargs))
     optimizer: CompactOptimizer = _compact_class(optimizer_class, rule)(params, **kwargs)  # type: ignore[arg-type]
     settings = {"state_dtype": state_dtype, "step_in_backward": step_in_backward}
     optimizer._set_up(scale, dense_scale, refresh, **settings)
@@ -133,8 +134,11 @@ def _bare(optimizer_class: type[torch.optim.Optimizer], rule: Rule) -> Any:
     return compact_class.__new__(compact_class)
 
 
-def _check_updates(optimizer_class: type[torch.optim.Optimizer], kwargs: Mapping[str, Any]) -> None:
-    """Step two small weights of different values with the same gradients.
+def _check_updates(optimizer_class: type[torch.optim.Optimizer], kwargs: Mapping[str, Any]) -> bool:
+    """Step two small weights of different values with the same gradients, and one with larger ones.
+
+    Returns:
+        Whether the larger ones make no larger updates.
 
     Raises:
         TypeError: their updates differ, so that a stand-in would get a wrong one; or the state
@@ -143,7 +147,7 @@ def _check_updates(optimizer_class: type[torch.optim.Optimizer], kwargs: Mapping
     name = optimizer_class.__name__
     settings = {k: v for k, v in kwargs.items() if k not in ("fused", "foreach", "capturable")}
     changes = []
-    for value in (0.0, 1.0):
+    for value, size in ((0.0, 1.0), (1.0, 1.0), (0.0, 16.0)):
         weight = torch.nn.Parameter(torch.full((8, 8), value, dtype=torch.float64))
         optimizer = optimizer_class([weight], **settings)
         if optimizer.state:
@@ -152,7 +156,7 @@ def _check_updates(optimizer_class: type[torch.optim.Optimizer], kwargs: Mapping
             group.update({"weight_decay": 0.0} if "weight_decay" in group else {})
         generator = torch.Generator().manual_seed(0)
         for _ in range(3):
-            weight.grad = torch.randn(8, 8, dtype=torch.float64, generator=generator)
+            weight.grad = size * torch.randn(8, 8, dtype=torch.float64, generator=generator)
             try:
                 optimizer.step()
             except TypeError as error:
@@ -163,3 +167,4 @@ def _check_updates(optimizer_class: type[torch.optim.Optimizer], kwargs: Mapping
             f"{name} cannot step factors: its update depends on the weight itself, which a factor "
             "does not have"
         )
+    return torch.allclose(changes[0], changes[2], rtol=1e-3)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compact_fx.projections import Basis
+from compact_fx.projections import Basis, Version
 from compact_fx.training import moments
 from compact_fx.training.gradients import ConsumedGrad, SketchedGrad
 from compact_fx.training.moments import REFRESHES, Refresh
@@ -23,10 +23,12 @@ class Rule:
     Attributes:
         decoupled: whether its weight decay is; None if nobody knows.
         is_relative: whether its updates are relative to the tensor's size (Adafactor).
+        is_normalized: whether its updates stay as they are where all gradients grow alike.
     """
 
     decoupled: bool | None
     is_relative: bool = False
+    is_normalized: bool = True
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,8 @@ class CompactOptimizer(torch.optim.Optimizer):
             smallest = group["eps"][1]
             rms = weight.square().mean().sqrt()
             update = update * (rms.clamp(min=smallest) / smallest)
-        step.basis.update_(weight, update, keep=keep, scale=group["scale"])
+        scale = group["scale"] * (step.basis.gain if self._rule.is_normalized else 1.0)
+        step.basis.update_(weight, update, keep=keep, scale=scale)
 
     # --- which gradients are stepped as factors --------------------------------------------------
 
@@ -329,6 +332,9 @@ class CompactOptimizer(torch.optim.Optimizer):
             record = known_record(weight)
             if record is not None and (record.group is not None or record.steps):
                 names = moments.names_of(None, record.steps)
+                basis = self._bases.get(weight)
+                if basis is not None and (followed := record.followed(basis)) is not None:
+                    names |= moments.names_of_followed(followed)
                 if self.state.get(weight):
                     self.state[weight].update(names)
                 else:
@@ -351,13 +357,18 @@ class CompactOptimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict)  # raises
         steps: dict[Tensor, int] = {}
         bases: dict[Tensor, Basis] = {}
+        now: dict[Tensor, tuple[Version, Tensor, int]] = {}
+        versions: list[Version] = []
         plain: dict[Any, Any] = {k: v for k, v in state_dict["state"].items() if k not in names}
         for name, weight in zip(names, weights, strict=True):
             if name in state_dict["state"]:
                 saved = state_dict["state"][name]
-                basis, steps[weight] = moments.restored(saved, weight)
-                if basis is not None:
-                    bases[weight] = basis
+                found = moments.restored(saved, weight, versions)
+                steps[weight] = found.steps
+                if found.basis is not None:
+                    bases[weight] = found.basis
+                if found.now is not None:
+                    now[weight] = found.now
                 plain[name] = moments.without_names(saved)
             else:
                 steps[weight] = 0
@@ -373,14 +384,18 @@ class CompactOptimizer(torch.optim.Optimizer):
             elif not self.state.get(weight, True):
                 del self.state[weight]  # it held no more than the steps of the weight
         self._restore_records(
-            {w: n for w, n in steps.items() if known_record(w) or (n and w.dim() > 1)}
+            {w: n for w, n in steps.items() if known_record(w) or (n and w.dim() > 1)}, now
         )
 
-    def _restore_records(self, steps: dict[Tensor, int]) -> None:
+    def _restore_records(
+        self, steps: dict[Tensor, int], now: Mapping[Tensor, tuple[Version, Tensor, int]]
+    ) -> None:
         """Weights go on where these steps and the bases of their states say."""
         for weight, basis in self._bases.items():
             record_of(weight).restore_salt(basis.projection.salt)
         restore_steps(steps)
+        for weight, (version, gradient, since) in now.items():
+            record_of(weight).restore_followed(self._bases[weight], version, gradient, since)
 
     def _copy_moments(self, weight: Tensor, saved: Mapping[str, Any]) -> None:
         """Tensors of its own, on the weight's device, rounded once."""
@@ -394,7 +409,12 @@ class CompactOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         records = {weight: known_record(weight) for _, weight in self._numbered()}
         steps = {w: record.steps for w, record in records.items() if record is not None}
-        own = {"settings": self._settings, "bases": self._bases, "steps": steps}
+        now = {
+            weight: (followed.version, followed.gradient, followed.steps() - followed.changed_at)
+            for weight, basis in self._bases.items()
+            if (followed := record_of(weight).followed(basis)) is not None
+        }
+        own = {"settings": self._settings, "bases": self._bases, "steps": steps, "now": now}
         return {**super().__getstate__(), "compact": own}  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -403,7 +423,7 @@ class CompactOptimizer(torch.optim.Optimizer):
         if own is not None:  # a copy; torch also calls this to load a state
             self._settings, self._bases = own["settings"], own["bases"]
             self._names, self._warned = {}, set()
-            self._restore_records(own["steps"])
+            self._restore_records(own["steps"], own["now"])
             if self._step_in_backward:
                 for _, weight in self._numbered():
                     self._step_after_backward(weight)

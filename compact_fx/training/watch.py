@@ -19,11 +19,14 @@ class Watch:
     Attributes:
         unsketched: reason → how many calls or optimizer steps went without sketches for it.
         steps_unseen: whether weights change and no step of them was seen.
+        energies: first weight of each tracked projection → steps, and the share ‖G P‖² / ‖G‖² of
+            its gradients that P held until then.
     """
 
     def __init__(self) -> None:
         self.unsketched: Counter[str] = Counter()
         self.steps_unseen = False
+        self.energies: dict[str, list[tuple[int, float]]] = {}
         self._limit_hits = _torch.recompile_limit_hits()
 
     def expect(self, reason: str) -> None:

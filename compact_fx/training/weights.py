@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
@@ -14,7 +15,8 @@ from torch.optim.optimizer import (
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from compact_fx import _torch
-from compact_fx.projections import Basis
+from compact_fx.projections import Basis, Projection, Version
+from compact_fx.training.followed import Followed
 from compact_fx.training.watch import Watch
 
 
@@ -23,10 +25,12 @@ class Group:
 
     Attributes:
         salt: of their projection.
+        followed: by features and rank, where it is a tracked one.
     """
 
     def __init__(self, salt: int) -> None:
         self.salt = salt
+        self.followed: dict[tuple[int, int], Followed] = {}
         self._members: list[weakref.ref[WeightRecord]] = []
         self._merged_into: Group | None = None
 
@@ -39,6 +43,19 @@ class Group:
             if record is not None and record.steps > most:
                 most = record.steps
         return most
+
+    def steps_so_far(self) -> int:
+        """`steps`, as what depends on them asks."""
+        return self.root().steps
+
+    def follow(self, projection: Projection, seed: int, device: torch.device) -> Followed:
+        """Its tracked projection of this shape; a new one begins at random."""
+        shape = (projection.features, projection.rank)
+        if shape not in self.followed:
+            version = Version(projection(seed, device=device), 0)
+            steps = self.steps_so_far
+            self.followed[shape] = Followed(projection, seed, steps, version)
+        return self.followed[shape]
 
     def root(self) -> "Group":
         """The group that this one has become."""
@@ -55,6 +72,9 @@ class Group:
         if other is not here:
             other._merged_into = here
             here._members += other._members
+            here.followed = {**other.followed, **here.followed}
+            for followed in here.followed.values():
+                followed.steps = here.steps_so_far
         elif record.group is None:
             here._members.append(weakref.ref(record))
         record.group = here
@@ -114,12 +134,32 @@ class WeightRecord:
         self.is_stepped = True
         self.steps += 1
 
-    def restore_salt(self, salt: int) -> None:
+    def followed(self, basis: Basis) -> Followed | None:
+        """The tracked projection that this basis is a version of."""
+        if self.group is None or not basis.projection.is_tracked:
+            return None
+        shape = (basis.projection.features, basis.projection.rank)
+        return self.group.root().followed.get(shape)
+
+    def restore_followed(
+        self, basis: Basis, version: Version, gradient: Tensor | None, since: int
+    ) -> None:
+        """A tracked projection goes on where a saved run has left it."""
+        assert self.group is not None
+        group, projection = self.group.root(), basis.projection
+        changed_at = max(0, self.steps - since)
+        group.followed[projection.features, projection.rank] = Followed(
+            projection, basis.seed, group.steps_so_far, version, gradient, changed_at
+        )
+
+    def restore_salt(self, salt: int) -> Group:
         """The projection is that of a saved run."""
         if self.group is None:
             Group(salt).add(self)
-        else:
-            self.group.root().salt = salt
+        assert self.group is not None
+        group = self.group.root()
+        group.salt = salt
+        return group
 
 
 _records: MutableMapping[Tensor, WeightRecord] = WeakTensorKeyDictionary()

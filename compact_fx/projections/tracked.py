@@ -1,0 +1,107 @@
+"""Projections that follow the gradient: how P begins, and what it becomes of what it has seen."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from compact_fx.projections.hashed import gaussian, orthogonal
+
+_MOST_ELEMENTS = 2**25  # that are made orthonormal at once: a quarter of a GB in float64
+
+
+def begin(
+    key: int, n: int, rank: int, dtype: torch.dtype, device: torch.device | str | None
+) -> Tensor:
+    """P (n, rank) for the first step: random, with orthonormal columns."""
+    source = torch.tensor(key, dtype=torch.int64, device=device)
+    return (orthogonal(source, n, rank) * math.sqrt(rank / n)).to(dtype)
+
+
+def unit_of(factor: Tensor) -> Tensor:
+    """F / ‖F‖: each weight counts alike, and so does any scale of the loss."""
+    wide = factor.to(torch.promote_types(factor.dtype, torch.float32))
+    return (wide * wide.square().sum().rsqrt()).to(factor.dtype)
+
+
+def finite_of(gradient: Tensor) -> Tensor:
+    """What is not finite becomes 0: an overflow, or a weight without gradient."""
+    return torch.where(gradient.abs() < math.inf, gradient, 0.0)
+
+
+def follow(
+    p: Tensor, gradient: Tensor, keys: list[int], columns: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The next P of each of a batch: what is largest in the gradient, and random directions.
+
+    ::
+
+        P ← orth([the largest columns of Y | Gaussian columns])
+
+    Args:
+        p: (batch, n, rank), orthonormal columns.
+        gradient: Y (batch, n, rank), the sum of Gᵀ G P up to a positive factor.
+        keys: 63-bit numbers, one for each, that the random directions are drawn from.
+        columns: how many follow.
+
+    Returns:
+        P in the dtype of `p`; which of them stay as they are because Y is zero or not finite
+        (batch,); and how much of the gradient's energy ‖G‖² the old P held (batch,), see `energy`.
+    """
+    parts = max(1, _MOST_ELEMENTS // p[0].numel())
+    if len(p) > parts:
+        halves = [
+            follow(p[i : i + parts], gradient[i : i + parts], keys[i : i + parts], columns)
+            for i in range(0, len(p), parts)
+        ]
+        new, kept, held = (torch.cat(part) for part in zip(*halves, strict=True))
+        return new, kept, held
+    _, n, rank = p.shape
+    y = gradient.to(torch.float64)
+    sizes = torch.linalg.vector_norm(y, dim=1)
+    total = sizes.sum(1)
+    kept = ~(total.isfinite() & (total > 0))
+    sizes, y = (
+        torch.where(kept.view(-1, *shape), 1.0, t) for t, shape in ((sizes, [1]), (y, [1, 1]))
+    )
+    order = sizes.argsort(1, descending=True, stable=True)[:, :columns]
+    largest = y.take_along_dim(order[:, None], 2) / sizes.take_along_dim(order, 1)[:, None].clamp(
+        min=torch.finfo(torch.float64).tiny
+    )
+    sources = [torch.tensor(key, dtype=torch.int64, device=p.device) for key in keys]
+    explored = torch.stack([gaussian(key, n, rank - columns) for key in sources])
+    scaled = explored.to(torch.float64) * math.sqrt((rank - columns) / n)  # columns of length 1
+    new = orthonormal(torch.cat([largest, scaled], 2)).to(p.dtype)
+    return torch.where(kept[:, None, None], p, new), kept, energy(p, gradient, columns)
+
+
+def orthonormal(matrices: Tensor) -> Tensor:
+    """Orthonormal columns (batch, n, rank) whose first k span what the first k of these do.
+
+    Cholesky-QR, twice: a few batched products where Householder reflections take one launch for
+    each column. In float64, where it stands condition numbers of 10⁷; beyond, it is Householder's.
+    """
+    result, identity = matrices, torch.eye(matrices.shape[2]).to(matrices)
+    for _ in range(2):
+        lower, _ = torch.linalg.cholesky_ex(result.mT @ result)
+        result = torch.linalg.solve_triangular(lower.mT, result, upper=True, left=False)
+    error = (result.mT @ result - identity).abs().amax((1, 2))
+    failed = ~(error < 1e-10)
+    if failed.any():
+        result[failed] = torch.linalg.qr(matrices[failed])[0]
+    return result
+
+
+def energy(p: Tensor, gradient: Tensor, columns: int) -> Tensor:
+    """‖G P‖² / ‖G‖² (batch,), estimated from Y: NaN where no column explores.
+
+    pᵀY of a column is ‖G p‖² up to a factor common to all. Those that explore are random directions
+    outside of those that follow, so that they tell how much there is outside of P.
+    """
+    _, n, rank = p.shape
+    held = (p.to(torch.float32) * gradient.to(torch.float32)).sum(1)
+    followed, explored = held[:, :columns].sum(1), held[:, columns:].sum(1)
+    if columns == rank and rank < n:
+        return torch.full_like(followed, math.nan)
+    outside = (n - columns) / max(1, rank - columns)
+    return (followed + explored) / (followed + explored * outside)

@@ -1,0 +1,152 @@
+"""Tracked projections from step to step: what each has seen, and when it changes."""
+
+import functools
+import math
+import warnings
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from compact_fx.projections import Projection, TrackedBasis, Version, fold_in, follow
+
+Energies = list[tuple[int, float]]
+"""Steps of the weight, and the share of its gradient's energy that P held until then."""
+
+
+class Followed:
+    """One tracked projection that weights share, in whatever graph.
+
+    Attributes:
+        version: of P, now.
+        gradient: Y, summed since P has changed, float32; None where nothing has arrived.
+        changed_at: steps of its weights when it changed last.
+        interval: steps until it changes again, `columns`: how many then follow, and
+        energies: what is reported; as the graph that used it last wants them.
+    """
+
+    def __init__(
+        self,
+        projection: Projection,
+        seed: int,
+        steps: Callable[[], int],
+        version: Version,
+        gradient: Tensor | None = None,
+        changed_at: int = 0,
+    ) -> None:
+        self.projection = projection
+        self.seed = seed
+        self.steps = steps
+        self.version = version
+        self.gradient = gradient
+        self.changed_at = changed_at
+        self.interval = 1
+        self.columns = 0
+        self.energies: Energies = []
+        self._leaves: dict[torch.dtype, Tensor] = {}
+        _all.append(weakref.ref(self))
+
+    def basis(self, projection: Projection) -> TrackedBasis:
+        """P as it is now, in this dtype."""
+        return TrackedBasis(projection=projection, seed=self.seed, version=self.version, dim=1)
+
+    def leaf(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """P as a graph gets it: a leaf whose gradient is Y.
+
+        A changed P gets another leaf: a backward pass that comes late says nothing of the new one.
+        """
+        if self.version.matrix.device != device:
+            self.version = Version(self.version.matrix.to(device), self.version.generation)
+            self._leaves.clear()
+        leaf = self._leaves.get(dtype)
+        if leaf is None:
+            with torch.inference_mode(False):
+                leaf = self.version.matrix.detach().to(dtype).view(self.version.matrix.shape)
+                leaf.requires_grad_()
+            reference, version = weakref.ref(self), self.version
+            leaf.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                lambda leaf: _receive(leaf, reference(), version)
+            )
+            self._leaves[dtype] = leaf
+        return leaf
+
+    @property
+    def is_due(self) -> bool:
+        """Whether P changes before its next use: after the first step, then every interval."""
+        since = self.steps() - self.changed_at
+        return since >= (1 if self.version.generation == 0 else self.interval)
+
+    def change(self, matrix: Tensor | None, energy: float) -> None:
+        """P is another from now on, or stays for want of a gradient (None)."""
+        steps = self.steps()
+        if not math.isnan(energy):
+            self.energies.append((steps, energy))
+        self.gradient, self.changed_at = None, steps
+        if matrix is None:
+            _warn_of_none()
+            return
+        self.version = Version(matrix, self.version.generation + 1)
+        self._leaves.clear()
+
+
+_all: "list[weakref.ref[Followed]]" = []
+
+
+@torch.no_grad()
+def _receive(leaf: Tensor, followed: Followed | None, version: Version) -> None:
+    gradient, leaf.grad = leaf.grad, None
+    if gradient is None or followed is None or followed.version is not version:
+        return
+    if followed.gradient is None:
+        followed.gradient = gradient.to(torch.float32, copy=True)
+    else:
+        followed.gradient.add_(gradient)
+
+
+@functools.cache
+def _warn_of_none() -> None:
+    warnings.warn(
+        "a tracked projection stays as it is: its weights had no finite gradient other than 0 "
+        "since it changed last",
+        stacklevel=2,
+    )
+
+
+@torch.no_grad()
+def change_those_due() -> None:
+    """Every tracked projection that is due, those of one shape in one batch."""
+    alike: dict[tuple[object, ...], list[Followed]] = {}
+    alive = []
+    for reference in _all:
+        followed = reference()
+        if followed is None:
+            continue
+        alive.append(reference)
+        if followed.is_due:
+            p = followed.version.matrix
+            key = (p.shape, p.dtype, p.device, followed.columns)
+            alike.setdefault(key, []).append(followed)
+    _all[:] = alive
+    for members in alike.values():
+        seen = [m for m in members if m.gradient is not None]
+        for member in members:
+            if member.gradient is None and member.version.generation:
+                member.change(None, math.nan)
+        if not seen:
+            continue
+        with (
+            torch.inference_mode(False),
+            torch.autocast(seen[0].version.matrix.device.type, enabled=False),
+        ):
+            new, kept, held = follow(
+                torch.stack([m.version.matrix for m in seen]),
+                torch.stack([m.gradient for m in seen if m.gradient is not None]),
+                [fold_in(m.seed, m.projection.salt, m.version.generation + 1) for m in seen],
+                seen[0].columns,
+            )
+        matrices = new.unbind()
+        for member, matrix, stays, energy in zip(
+            seen, matrices, kept.tolist(), held.tolist(), strict=True
+        ):
+            member.change(None if stays else matrix.clone(), math.nan if stays else energy)
