@@ -46,8 +46,8 @@ def list_sites(
         The draft, and what each of its sites is in the graph.
 
     Contract: a tracked weight with less out_features than in_features is sketched on its output
-    side; all others on their input side. A weight that has a projection from another graph keeps it, and shares a sketch only
-    with weights that have the same.
+    side; all others on their input side. A weight that has a projection from another graph keeps
+    it, and shares a sketch only with weights that have the same.
     """
     grads = find_weight_grads(joint, skip=failed)
     uses = {(grad.index, i): use for grad in grads for i, use in enumerate(grad.uses)}

@@ -41,11 +41,11 @@ def rewrite_weight_grads(joint: JointGraph, plan: Plan) -> dict[int, tuple[fx.No
         factor = aten.mm(dyᵀ, z)                              # (m, r)
         mm = aten.mm(factor, Pᵀ)                              # (m, n)
 
-    and `xᵀ dy` by `P (zᵀ dy)`. On the output side it is `P ((dy P)ᵀ x)`. A batched or grouped matmul stays one, of z instead of x, and all
-    of its experts share P. For a weight with a factor input the factor stays as it is: the
-    weight's gradient becomes None and that input's the factor. Sites on one activation with one
-    projection share P and z. P is marked to be drawn on each side, and late sketches to be
-    computed in the backward pass.
+    and `xᵀ dy` by `P (zᵀ dy)`. On the output side it is `P ((dy P)ᵀ x)`. A batched or grouped
+    matmul stays one, of z instead of x, and all of its experts share P. For a weight with a factor
+    input the factor stays as it is: the weight's gradient becomes None and that input's the factor.
+    Sites on one activation with one projection share P and z. P is marked to be drawn on each side,
+    and late sketches to be computed in the backward pass.
 
     A tracked P is an input itself, and the gradient of that input becomes Y, see `_track`.
 

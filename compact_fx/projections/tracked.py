@@ -57,17 +57,13 @@ def follow(
         new, kept, held = (torch.cat(part) for part in zip(*halves, strict=True))
         return new, kept, held
     _, n, rank = p.shape
-    y = gradient.to(torch.float64)
-    sizes = torch.linalg.vector_norm(y, dim=1)
-    total = sizes.sum(1)
+    total = gradient.abs().sum((1, 2))
     kept = ~(total.isfinite() & (total > 0))
-    sizes, y = (
-        torch.where(kept.view(-1, *shape), 1.0, t) for t, shape in ((sizes, [1]), (y, [1, 1]))
-    )
-    order = sizes.argsort(1, descending=True, stable=True)[:, :columns]
-    largest = y.take_along_dim(order[:, None], 2) / sizes.take_along_dim(order, 1)[:, None].clamp(
-        min=torch.finfo(torch.float64).tiny
-    )
+    y = torch.where(kept[:, None, None], p, gradient).to(torch.float64)
+    sizes = torch.linalg.vector_norm(y, dim=1)
+    order = sizes.sort(1, descending=True, stable=True).indices[:, None, :columns]
+    smallest = torch.finfo(torch.float64).tiny
+    largest = y.take_along_dim(order, 2) / sizes[:, None].take_along_dim(order, 2).clamp(smallest)
     sources = [torch.tensor(key, dtype=torch.int64, device=p.device) for key in keys]
     explored = torch.stack([gaussian(key, n, rank - columns) for key in sources])
     scaled = explored.to(torch.float64) * math.sqrt((rank - columns) / n)  # columns of length 1
