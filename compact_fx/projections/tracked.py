@@ -61,13 +61,15 @@ def follow(
     kept = ~(total.isfinite() & (total > 0))
     y = torch.where(kept[:, None, None], p, gradient).to(torch.float64)
     sizes = torch.linalg.vector_norm(y, dim=1)
-    order = sizes.sort(1, descending=True, stable=True).indices[:, None, :columns]
+    order = sizes.sort(dim=1, descending=True, stable=True).indices[:, None, :columns]
     smallest = torch.finfo(torch.float64).tiny
     largest = y.take_along_dim(order, 2) / sizes[:, None].take_along_dim(order, 2).clamp(smallest)
-    sources = [torch.tensor(key, dtype=torch.int64, device=p.device) for key in keys]
-    explored = torch.stack([gaussian(key, n, rank - columns) for key in sources])
-    scaled = explored.to(torch.float64) * math.sqrt((rank - columns) / n)  # columns of length 1
-    new = orthonormal(torch.cat([largest, scaled], 2)).to(p.dtype)
+    if columns < rank:
+        sources = [torch.tensor(key, dtype=torch.int64, device=p.device) for key in keys]
+        explored = torch.stack([gaussian(key, n, rank - columns) for key in sources])
+        explored *= math.sqrt((rank - columns) / n)  # columns of length 1, about
+        largest = torch.cat([largest, explored.to(torch.float64)], 2)
+    new = orthonormal(largest).to(p.dtype)
     return torch.where(kept[:, None, None], p, new), kept, energy(p, gradient, columns)
 
 

@@ -33,7 +33,7 @@ class GraphInputs:
         self._watch = watch
         self._factors = plan.factor_inputs
         named = {site.projection: site.weight for site in reversed(plan.sketched)}
-        self._names = [named[number] for number in range(len(plan.projections))]
+        self._names = [named.get(number, "") for number in range(len(plan.projections))]
         self._indices = tuple(dict.fromkeys(i for p in plan.projection_inputs for i in p.owners))
         self._last: dict[tuple[int, ...], _Entry] = {}  # by ids of weights
 

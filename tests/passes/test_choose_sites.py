@@ -55,7 +55,7 @@ def test_a_rank_becomes_columns(joint_of, rank, columns):
     (site,) = plan.sites
     (projection,) = plan.projections
     assert (site.in_features, site.out_features) == (64, 48)
-    assert (projection.in_features, projection.rank) == (64, columns)
+    assert (projection.features, projection.rank) == (64, columns)
     assert site.rank == columns
     assert site.reason == ""
 

@@ -9,7 +9,7 @@ from compact_fx.passes.choose_sites import choose_sites
 from compact_fx.passes.expand_projections import expand_projections
 from compact_fx.passes.partition import partition
 from compact_fx.passes.rewrite_weight_grads import rewrite_weight_grads
-from compact_fx.projections import KINDS, RANDOM_PROJECTION
+from compact_fx.projections import DRAWN, RANDOM_PROJECTION
 
 aten = torch.ops.aten
 
@@ -36,7 +36,7 @@ def rewritten(joint_of):
     return make
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DRAWN)
 def test_no_projection_is_left(rewritten, ops_of, kind):
     module = rewritten(mlp(), batch(), projection=kind).module
     count = ops_of(module)[RANDOM_PROJECTION]
@@ -48,7 +48,7 @@ def test_no_projection_is_left(rewritten, ops_of, kind):
     assert expand_projections(module) == 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DRAWN)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_values_are_those_of_the_operator(rewritten, values_of, evaluate, kind, seed):
     joint = rewritten(mlp(), batch(), projection=kind, rank=0.5)
@@ -59,7 +59,7 @@ def test_values_are_those_of_the_operator(rewritten, values_of, evaluate, kind, 
         assert a is b is None or torch.equal(a, b)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DRAWN)
 def test_rounded_projections_keep_their_values(rewritten, calls, values_of, evaluate, kind):
     def forward(m, x):
         with torch.autocast("cpu", torch.bfloat16):

@@ -207,7 +207,7 @@ def test_weights_of_experts_are_found(joint_of, calls, case):
     (grad,) = find_weight_grads(joint_of(calls(function, w=parameter(*shape)), batch()))
     (use,) = grad.uses
     assert grad.reason == ""
-    assert (use.matmul.target, use.position, use.in_dim) == (target, position, in_dim)
+    assert (use.matmul.target, use.position, use.dim) == (target, position, in_dim)
     assert [use.tokens, use.in_features, use.out_features, use.experts] == sizes
     assert use.activation.meta["val"].shape[-1] == 64
 

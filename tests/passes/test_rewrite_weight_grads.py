@@ -197,7 +197,7 @@ def test_the_gradient_is_that_of_the_formula(rewritten, calls, values_of, evalua
     exact = evaluate(joint.module, values)[position]
     got = evaluate(changed.module, values)[position]
     # (dyᵀ x) P Pᵀ, and P Pᵀ (xᵀ dy).
-    on_right = dense.uses[0].in_dim == exact.dim() - 1 or layer == "einsum"
+    on_right = dense.uses[0].dim == exact.dim() - 1 or layer == "einsum"
     expected = exact @ p @ p.T if on_right else p @ p.T @ exact
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compact_fx.projections import (
-    KINDS,
+    DRAWN,
     RANDOM_PROJECTION,
     Projection,
     draw,
@@ -184,7 +184,7 @@ SPREAD = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DRAWN)
 @pytest.mark.parametrize(("n", "rank"), [(32, 8), (21, 20)])
 def test_the_mean_of_p_pt_is_the_identity(kind, n, rank):
     total, count = torch.zeros(n, n, dtype=torch.float64), 600
@@ -197,7 +197,7 @@ def test_the_mean_of_p_pt_is_the_identity(kind, n, rank):
     assert error < bound
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DRAWN)
 def test_an_estimated_product_has_the_right_mean(kind):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(8, 24, generator=generator, dtype=torch.float64)
@@ -242,7 +242,7 @@ def test_orthogonal_columns_differ_between_seeds():
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DRAWN)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes_are_the_float32_result_rounded(kind, dtype):
     reference = random_projection(5, 40, 12, kind=kind)
@@ -250,7 +250,7 @@ def test_other_dtypes_are_the_float32_result_rounded(kind, dtype):
     assert torch.equal(random_projection(5, 40, 12, kind=kind, dtype=dtype), reference.to(dtype))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DRAWN)
 def test_global_random_state_plays_no_part(kind):
     torch.manual_seed(0)
     first = random_projection(5, 40, 12, kind=kind)
@@ -268,7 +268,7 @@ def test_rows_do_not_depend_on_how_many_there_are(kind):
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DRAWN)
 @pytest.mark.parametrize("value", EXTREME_KEYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_extreme_keys_are_finite(kind, value, dtype):
@@ -281,7 +281,7 @@ def test_extreme_keys_are_finite(kind, value, dtype):
 @given(
     n=st.integers(1, 90),
     rank=st.integers(1, 90),
-    kind=st.sampled_from(KINDS),
+    kind=st.sampled_from(DRAWN),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
     value=st.integers(0, 2**63 - 1),
 )
@@ -298,7 +298,7 @@ def test_any_projection_is_finite_and_repeatable(n, rank, kind, dtype, value):
 
 def test_a_projection_draws_what_random_projection_does():
     salt = salt_of("layers.0.weight")
-    projection = Projection(salt=salt, in_features=48, rank=6, kind="sparse", dtype=torch.bfloat16)
+    projection = Projection(salt=salt, features=48, rank=6, kind="sparse", dtype=torch.bfloat16)
     expected = random_projection(
         3, 48, 6, salt=salt, generation=2, kind="sparse", dtype=torch.bfloat16
     )
@@ -317,7 +317,7 @@ def test_salts_tell_names_apart_and_fit_into_a_key():
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DRAWN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_op_is_draw(kind, dtype):
     key = key_of(9)
@@ -325,7 +325,7 @@ def test_the_op_is_draw(kind, dtype):
     assert torch.equal(RANDOM_PROJECTION(key, 33, 7, kind, dtype), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DRAWN)
 def test_the_op_passes_opcheck(kind):
     torch.library.opcheck(RANDOM_PROJECTION, (key_of(0), 16, 4, kind, torch.float32))
 
@@ -371,7 +371,7 @@ def test_a_rank_above_n_is_possible_for_independent_entries():
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DRAWN)
 def test_compiled_by_inductor_equals_eager(kind):
     torch._dynamo.reset()
     key = key_of(4)
@@ -382,7 +382,7 @@ def test_compiled_by_inductor_equals_eager(kind):
 
 
 @needs_cuda
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DRAWN)
 @pytest.mark.parametrize("n", [5, 1000, 1376])
 def test_cuda_equals_cpu(kind, n):
     on_cpu = random_projection(4, n, 5, kind=kind)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from compact_fx.projections import KINDS, Basis, Projection
+from compact_fx.projections import DRAWN, DrawnBasis, Projection
 from compact_fx.training import gradients as sketched_grad
 from compact_fx.training.gradients import ConsumedGrad, SketchedGrad
 
@@ -22,8 +22,8 @@ def sketched(dim=1, kind="gaussian", m=6, n=16, rank=4, key=7, seed=0, dtype=tor
     generator = torch.Generator().manual_seed(seed)
     shape = (m, rank) if dim == 1 else (rank, m)
     factor = torch.randn(shape, generator=generator).to(dtype)
-    projection = Projection(salt=1, in_features=n, rank=rank, kind=kind, dtype=torch.float32)
-    return SketchedGrad(factor, Basis(projection=projection, seed=0, generation=key, dim=dim))
+    projection = Projection(salt=1, features=n, rank=rank, kind=kind, dtype=torch.float32)
+    return SketchedGrad(factor, DrawnBasis(projection=projection, seed=0, generation=key, dim=dim))
 
 
 def dense_of(value):
@@ -41,7 +41,7 @@ def is_sketched(gradient):
     return isinstance(gradient, SketchedGrad) and gradient.factor is not None
 
 
-@pytest.fixture(params=[(d, k) for d in (0, 1) for k in KINDS], ids=lambda p: f"in{p[0]}-{p[1]}")
+@pytest.fixture(params=[(d, k) for d in (0, 1) for k in DRAWN], ids=lambda p: f"in{p[0]}-{p[1]}")
 def pair(request):
     """A sketched gradient and a dense copy."""
     gradient = sketched(*request.param)
@@ -300,7 +300,7 @@ def test_same_basis(dim):
     n=st.integers(1, 40),
     fraction=st.floats(0, 1),
     dim=st.sampled_from([0, 1]),
-    kind=st.sampled_from(KINDS),
+    kind=st.sampled_from(DRAWN),
     key=st.integers(0, 2**63 - 1),
     number=st.floats(-4, 4, width=32),
 )
@@ -557,7 +557,7 @@ def test_consumed():
 def test_a_batch_is_matrix_by_matrix(last):
     """Dense values, norm, compression and what stays sketched, for (3, m, n) and (3, n, m)."""
     matrices = [sketched(int(last), seed=i) for i in range(3)]
-    basis = Basis(projection=matrices[0].basis.projection, seed=0, generation=7, dim=1 + last)
+    basis = DrawnBasis(projection=matrices[0].basis.projection, seed=0, generation=7, dim=1 + last)
     gradient = SketchedGrad(torch.stack([g.factor for g in matrices]), basis)
     dense = torch.stack([g.to_dense() for g in matrices])
     assert gradient.shape == dense.shape
@@ -572,26 +572,24 @@ def test_a_batch_is_matrix_by_matrix(last):
 
 def test_old_versions_are_forgotten():
     """Their tables would fill a device's memory."""
-    projection = Projection(
-        salt=99, in_features=64, rank=16, kind="countsketch", dtype=torch.float32
-    )
+    projection = Projection(salt=99, features=64, rank=16, kind="countsketch", dtype=torch.float32)
     cpu = torch.device("cpu")
-    basis = Basis(projection=projection, seed=0, generation=1, dim=1)
+    basis = DrawnBasis(projection=projection, seed=0, generation=1, dim=1)
     first = basis.matrix(cpu, torch.float32)
     table = weakref.ref(basis.source(cpu))
     del basis
     gc.collect()
     assert table() is None
-    again = Basis(projection=projection, seed=0, generation=1, dim=1).matrix(cpu, torch.float32)
+    again = DrawnBasis(projection=projection, seed=0, generation=1, dim=1).matrix(
+        cpu, torch.float32
+    )
     assert torch.equal(again, first)
 
 
 def test_what_inference_mode_draws_serves_training_too():
     """A norm that is asked for there must not leave tensors that no backward pass may keep."""
-    projection = Projection(
-        salt=98, in_features=64, rank=16, kind="countsketch", dtype=torch.float32
-    )
+    projection = Projection(salt=98, features=64, rank=16, kind="countsketch", dtype=torch.float32)
     with torch.inference_mode():
-        basis = Basis(projection=projection, seed=0, generation=5, dim=1)
+        basis = DrawnBasis(projection=projection, seed=0, generation=5, dim=1)
         basis.matrix(torch.device("cpu"), torch.float32)
     assert not basis.source(torch.device("cpu")).is_inference()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compact_fx import CompactAdamW, SketchedGrad, compact_backend, compact_optimizer
-from compact_fx.projections import Basis, Projection
+from compact_fx.projections import DrawnBasis, Projection
 from compact_fx.training.gradients import ConsumedGrad
 from compact_fx.training.weights import steps_of
 
@@ -386,7 +386,7 @@ def test_no_state_is_lost_where_memory_runs_out(monkeypatch, draw):
     train(model, backend(update_interval=2), optimizer, 2)
     before = {w: optimizer.state[w]["exp_avg"].clone() for w in model.parameters()}
     bases = dict(optimizer._bases)
-    original, calls = Basis.change_to, []
+    original, calls = DrawnBasis.change_to, []
 
     def change_to(basis, other, factor):
         calls.append(basis)
@@ -395,7 +395,7 @@ def test_no_state_is_lost_where_memory_runs_out(monkeypatch, draw):
         return original(basis, other, factor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Basis, "change_to", change_to)
+        patch.setattr(DrawnBasis, "change_to", change_to)
         with pytest.raises(torch.OutOfMemoryError):
             train(model, backend(update_interval=2), optimizer, 1)
     for weight in model.parameters():  # each moment is in the basis that its state has
@@ -556,10 +556,10 @@ def test_a_batch_of_experts_is_stepped_matrix_by_matrix(refresh, last):
     alone = [nn.Parameter(matrix.clone()) for matrix in start]
     settings = {"lr": 1e-2, "weight_decay": 0.1, "scale": 0.5, "refresh": refresh}
     optimizers = CompactAdamW([together], **settings), CompactAdamW(alone, **settings)
-    projection = Projection(salt=1, in_features=16, rank=4, kind="gaussian", dtype=torch.float32)
+    projection = Projection(salt=1, features=16, rank=4, kind="gaussian", dtype=torch.float32)
     for step in range(5):
         factor = torch.randn((3, 6, 4) if last else (3, 4, 6))
-        basis = Basis(projection=projection, seed=0, generation=step // 3, dim=1 + last)
+        basis = DrawnBasis(projection=projection, seed=0, generation=step // 3, dim=1 + last)
         together.grad = SketchedGrad(factor.clone(), basis)
         for weight, own in zip(alone, factor, strict=True):
             weight.grad = SketchedGrad(own.clone(), replace(basis, dim=int(last)))
@@ -669,8 +669,8 @@ def test_what_a_class_writes_into_its_groups_is_kept():
 @pytest.mark.parametrize("optimizer_class", [torch.optim.Adam, torch.optim.SGD])
 def test_factors_of_any_layout_are_stepped_alike(optimizer_class):
     """Fused kernels read gradients and moments as they lie in memory."""
-    projection = Projection(salt=1, in_features=16, rank=4, kind="gaussian", dtype=torch.float32)
-    basis = Basis(projection=projection, seed=0, generation=0, dim=1)
+    projection = Projection(salt=1, features=16, rank=4, kind="gaussian", dtype=torch.float32)
+    basis = DrawnBasis(projection=projection, seed=0, generation=0, dim=1)
     settings = {"momentum": 0.9} if optimizer_class is torch.optim.SGD else {}
     weights = []
     for fused in (False, True):

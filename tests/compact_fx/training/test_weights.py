@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from compact_fx import compact_backend
+from compact_fx.config import CompactConfig
 from compact_fx.plan import Plan, ProjectionInput
 from compact_fx.projections import Projection, drawn, fold_in
 from compact_fx.training.inputs import GraphInputs
@@ -27,15 +28,19 @@ def plan_of(*salts):
     return Plan(
         sites=(),
         projections=tuple(
-            Projection(salt=salt, in_features=8, rank=2, kind="gaussian", dtype=torch.float32)
+            Projection(salt=salt, features=8, rank=2, kind="gaussian", dtype=torch.float32)
             for salt in salts
         ),
         inputs=tuple(ProjectionInput(projection=i, owners=(i,)) for i in range(len(salts))),
     )
 
 
+def inputs_of(plan, seed, interval):
+    return GraphInputs(plan, CompactConfig(seed=seed, update_interval=interval), Watch())
+
+
 def schedule_of(*weights, interval=1, seed=0):
-    return GraphInputs(plan_of(*range(len(weights))), seed, interval, Watch())
+    return inputs_of(plan_of(*range(len(weights))), seed=seed, interval=interval)
 
 
 def values(keys):
@@ -44,7 +49,7 @@ def values(keys):
 
 def test_keys_are_those_of_seed_salt_and_generation():
     weights = [weight_of(), weight_of()]
-    schedule = GraphInputs(plan_of(11, 12), 5, 2, Watch())
+    schedule = inputs_of(plan_of(11, 12), seed=5, interval=2)
     keys = schedule(weights)
     assert values(keys) == [fold_in(5, 11, 0), fold_in(5, 12, 0)]
     assert all(key.shape == () and key.dtype == torch.int64 for key in keys)
@@ -228,11 +233,11 @@ def test_checkpoints_draw_once_a_generation(monkeypatch, use_reentrant):
 def test_weights_that_meet_have_one_projection_from_then_on():
     """Also in graphs that ran before in the same step."""
     first, second = weight_of(), weight_of()
-    alone = GraphInputs(plan_of(11), 0, 1, Watch()), GraphInputs(plan_of(12), 0, 1, Watch())
+    alone = inputs_of(plan_of(11), seed=0, interval=1), inputs_of(plan_of(12), seed=0, interval=1)
     keys = alone[0]([first]), alone[1]([second])
     assert values(keys[0]) != values(keys[1])
     shared = replace(plan_of(13), inputs=(ProjectionInput(projection=0, owners=(0, 1)),))
-    together = GraphInputs(shared, 0, 1, Watch())([first, second])
+    together = inputs_of(shared, seed=0, interval=1)([first, second])
     assert values(together) == values(keys[0])
     assert values(alone[0]([first])) == values(alone[1]([second])) == values(together)
 
@@ -241,7 +246,7 @@ def test_a_projection_changes_with_the_most_stepped_of_its_weights():
     """One that is frozen, or in no graph for a while, does not hold it back."""
     first, second = weight_of(), weight_of()
     shared = replace(plan_of(13), inputs=(ProjectionInput(projection=0, owners=(0, 1)),))
-    inputs = GraphInputs(shared, 0, 2, Watch())
+    inputs = inputs_of(shared, seed=0, interval=2)
     before = values(inputs([first, second]))
     optimizer = torch.optim.SGD([second], lr=0.1)
     optimizer.step()
@@ -249,7 +254,7 @@ def test_a_projection_changes_with_the_most_stepped_of_its_weights():
     optimizer.step()
     changed = values(inputs([first, second]))
     assert changed != before
-    alone = GraphInputs(plan_of(13), 0, 2, Watch())
+    alone = inputs_of(plan_of(13), seed=0, interval=2)
     assert values(alone([first])) == changed
 
 
@@ -257,9 +262,9 @@ def test_a_weight_that_joins_with_more_steps_changes_all_graphs():
     """Also those that have run before in the same step."""
     first, second = weight_of(), weight_of()
     set_steps([second], 4)
-    alone = GraphInputs(plan_of(13), 0, 2, Watch())
+    alone = inputs_of(plan_of(13), seed=0, interval=2)
     shared = replace(plan_of(13), inputs=(ProjectionInput(projection=0, owners=(0, 1)),))
-    together = GraphInputs(shared, 0, 2, Watch())
+    together = inputs_of(shared, seed=0, interval=2)
     before = values(alone([first]))
     assert values(together([first, second])) != before
     assert values(alone([first])) == values(together([first, second]))
