@@ -148,7 +148,10 @@ class GraphCompiler:
         warnings.warn(f"{error.weight} is left without a sketch: {error}", stacklevel=2)
 
     def _compile_plan(self, plan: Plan, watch: Watch) -> Callable[..., Any]:
-        inputs = GraphInputs(plan, self._config, watch)
+        config = self._config
+        inputs = GraphInputs(
+            plan, watch, seed=config.seed, interval=config.interval, follow=config.follow
+        )
         module = _torch.copy_graph_module(self._module)
         extra = inputs.examples(self._example_inputs)
         for number in range(len(extra)):

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from compact_fx import _torch
-from compact_fx.config import CompactConfig
 from compact_fx.plan import FactorInput, Plan
 from compact_fx.projections import Basis, DrawnBasis
 from compact_fx.training.delivery import empty_leaf, leaf_of, refuse_distributed, refuse_hooks
@@ -25,12 +24,19 @@ class GraphInputs:
 
     New tensors, never new values in old ones: a backward pass that is still to come keeps what its
     own forward pass got. Equal blocks share a graph, so each set of weights has its own.
+
+    Args:
+        seed, interval, follow: of the settings, see `CompactConfig`.
     """
 
-    def __init__(self, plan: Plan, config: CompactConfig, watch: Watch) -> None:
+    def __init__(
+        self, plan: Plan, watch: Watch, *, seed: int, interval: int, follow: float = 0.0
+    ) -> None:
         self._plan = plan
-        self._config = config
         self._watch = watch
+        self._seed = seed
+        self._interval = interval
+        self._follow = follow
         self._factors = plan.factor_inputs
         named = {site.projection: site.weight for site in reversed(plan.sketched)}
         self._names = [named.get(number, "") for number in range(len(plan.projections))]
@@ -156,20 +162,20 @@ class GraphInputs:
         return versions
 
     def _generation(self, group: Group) -> int:
-        return group.steps // self._config.interval
+        return group.steps // self._interval
 
     def _drawn(self, number: int, group: Group) -> Basis:
         """A projection in the version that the steps of its weights say."""
         projection = self._plan.projections[number].with_salt(group.salt).canonical()
-        generation, seed = self._generation(group), self._config.seed
+        generation, seed = self._generation(group), self._seed
         return DrawnBasis(projection=projection, seed=seed, generation=generation, dim=1)
 
     def _followed(self, number: int, group: Group, device: torch.device) -> tuple[Basis, Tensor]:
         """A tracked projection as it is now, and the leaf that a graph gets of it."""
         projection = self._plan.projections[number].with_salt(group.salt)
-        followed = group.follow(projection, self._config.seed, device)
-        followed.interval = self._config.interval
-        followed.columns = round(self._config.follow * projection.rank)
+        followed = group.follow(projection, self._seed, device)
+        followed.interval = self._interval
+        followed.columns = round(self._follow * projection.rank)
         followed.energies = self._watch.energies.setdefault(self._names[number], followed.energies)
         leaf = followed.leaf(projection.dtype, device)
         return followed.basis(projection), leaf

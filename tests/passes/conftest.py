@@ -61,7 +61,10 @@ def _values_of(joint: JointGraph, seed: int = 0) -> dict[str, torch.Tensor]:
     values = {}
     for node in joint.module.graph.find_nodes(op="placeholder"):
         fake = node.meta["val"]
-        if node.name in keys:
+        if node.name in keys and fake.dim() == 2:  # tracked
+            value = torch.randn(fake.shape, generator=generator, dtype=torch.float64)
+            values[node.name] = torch.linalg.qr(value)[0].to(fake.dtype)
+        elif node.name in keys:
             key = torch.tensor(fold_in(seed, keys[node.name]))
             reader = next(user for user in node.users if user.target is RANDOM_PROJECTION)
             values[node.name] = source(key, *reader.args[1:4])

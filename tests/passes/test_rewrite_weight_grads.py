@@ -120,7 +120,7 @@ def test_shapes_and_dtypes_stay(rewritten, calls, case):
         return [None if n is None else (n.meta["val"].shape, n.meta["val"].dtype) for n in nodes]
 
     assert outputs(changed) == outputs(joint)
-    for sketch in found.values():
+    for (sketch,) in found.values():
         *tokens, columns = sketch.meta["val"].shape
         assert (math.prod(tokens), columns) == (32, 16)
 
@@ -130,7 +130,7 @@ def test_only_late_sketches_are_marked_and_projections_always(rewritten, calls, 
     _, _, changed, found = rewritten(layers(calls)["qkv"], batch(), place=place)
     drawn = changed.module.graph.find_nodes(op="call_function", target=RANDOM_PROJECTION)
     assert {node.meta["recompute"] for node in drawn} == {CheckpointPolicy.MUST_RECOMPUTE}
-    marks = {node.meta.get("recompute") for node in found.values()}
+    marks = {node.meta.get("recompute") for (node,) in found.values()}
     assert marks == {CheckpointPolicy.MUST_RECOMPUTE if place == "late" else None}
 
 
@@ -139,30 +139,35 @@ def test_only_late_sketches_are_marked_and_projections_always(rewritten, calls, 
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("projection", ["countsketch", "tracked"])
 @pytest.mark.parametrize("case", CASES)
-def test_only_planned_gradients_change(rewritten, calls, values_of, evaluate, case):
-    joint, plan, changed, _ = rewritten(layers(calls)[case], batch(), rank=16)
+def test_only_planned_gradients_change(rewritten, calls, values_of, evaluate, case, projection):
+    settings = {"rank": 16, "projection": projection, "place": "late"}
+    joint, plan, changed, _ = rewritten(layers(calls)[case], batch(), **settings)
     values = values_of(changed)
     old, new = evaluate(joint.module, values), evaluate(changed.module, values)
     outputs = list(joint.module.graph.output_node().args[0])
     gradients = joint.gradients()
     planned = {outputs.index(gradients[site.index]) for site in plan.sketched}
-    for position, (a, b) in enumerate(zip(old, new, strict=True)):
+    for position, (a, b) in enumerate(zip(old, new[: len(old)], strict=True)):
         if position in planned:
             assert not torch.allclose(a, b, rtol=0.1)
         else:
             assert a is b is None or torch.equal(a, b)
 
 
+@pytest.mark.parametrize("projection", ["orthogonal", "tracked"])
 @pytest.mark.parametrize("case", CASES)
-def test_orthogonal_at_full_rank_is_exact(rewritten, calls, values_of, evaluate, case):
-    settings = {"rank": 1.0, "projection": "orthogonal", "place": "late"}
+def test_orthogonal_at_full_rank_is_exact(rewritten, calls, values_of, evaluate, case, projection):
+    settings = {"rank": 1.0, "projection": projection, "place": "late"}
     joint, plan, changed, _ = rewritten(layers(calls)[case], batch(), **settings)
     values = values_of(changed)
-    assert len(plan.sketched) == len(plan.sites)
+    is_left_alone = (case, projection) == ("grouped in float32", "tracked")
+    assert len(plan.sketched) == len(plan.sites) * (not is_left_alone)
     # x, P, z, dy·z and the result are rounded to bfloat16.
     rtol, atol = (2e-2, 1.5e-1) if case in ("autocast", "grouped") else (1e-4, 1e-4)
-    for a, b in zip(evaluate(joint.module, values), evaluate(changed.module, values), strict=True):
+    outputs = evaluate(changed.module, values)[: len(joint.module.graph.output_node().args[0])]
+    for a, b in zip(evaluate(joint.module, values), outputs, strict=True):
         assert a is b is None or torch.allclose(a, b, rtol=rtol, atol=atol)
 
 
@@ -243,6 +248,109 @@ def test_a_square_activation_and_its_transpose_have_sketches_of_their_own(
     values = values_of(changed)
     for a, b in zip(evaluate(joint.module, values), evaluate(changed.module, values), strict=True):
         assert a is b is None or torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------
+# Tracked projections
+# ---------------------------------------------------------------------------------------------
+
+SIDES = {"qkv": {"input"}, "twice": {"input"}, "experts": {"input", "output"}}
+SIDES |= {case: {"output"} for case in ("linear", "conv1d", "autocast", "einsum", "grouped")}
+
+
+def operands_of(joint, values):
+    """The value of every node."""
+    interpreter = torch.fx.Interpreter(joint.module, garbage_collect_values=False)
+    names = [node.name for node in joint.module.graph.find_nodes(op="placeholder")]
+    interpreter.run(*(values[name] for name in names))
+    return interpreter.env
+
+
+def direction_of(use, env, p, step):
+    """Σ a_sᵀ (b_s F) / ‖F‖ with F = bᵀ a P, over experts; s is every so many tokens."""
+    left, right = (env[operand] for operand in use.matmul.args[:2])
+    a, b = (right, left.mT) if use.projected_position == 1 else (left.mT, right)
+    seen = torch.arange(a.shape[-2]) % step == 0
+    if len(use.matmul.args) > 2:
+        ends = env[use.matmul.args[2]].tolist()
+        parts = [(a[i:j], b[i:j], seen[i:j]) for i, j in zip([0, *ends], ends)]  # noqa: B905
+    elif a.dim() == 3:
+        parts = [(*pair, seen) for pair in zip(a, b, strict=True)]
+    else:
+        parts = [(a, b, seen)]
+    factors = [b.mT @ a @ p for a, b, _ in parts]
+    norm = torch.stack([factor.float().square().sum() for factor in factors]).sum().sqrt()
+    return sum(
+        a[rows].mT.float() @ (b[rows].float() @ (factor.float() / norm))
+        for (a, b, rows), factor in zip(parts, factors, strict=True)
+    )
+
+
+@pytest.mark.parametrize("place", ["early", "late"])
+@pytest.mark.parametrize("case", SIDES)
+def test_a_tracked_projection_hears_where_the_gradient_is(
+    rewritten, calls, values_of, evaluate, case, place
+):
+    settings = {"rank": 16, "projection": "tracked", "track_every": 3, "place": place}
+    joint, plan, changed, _ = rewritten(layers(calls)[case], batch(), **settings)
+    assert {site.side for site in plan.sketched} == ({"input"} if place == "early" else SIDES[case])
+    values = values_of(changed)
+    env = operands_of(joint, values)
+    grads = {grad.index: grad for grad in find_weight_grads(joint)}
+    expected = {}
+    for site in plan.sketched:
+        input_index = min(changed.added) + site.projection
+        p = values[changed.inputs()[input_index].name]
+        assert p.shape == (site.features, 16)
+        use = grads[site.index].uses[site.use].on(site.side)
+        expected[input_index] = expected.get(input_index, 0) + direction_of(use, env, p, 3)
+    outputs = evaluate(changed.module, values)
+    rtol, atol = (3e-2, 3e-1) if case in ("grouped", "autocast") else (1e-4, 1e-4)
+    assert len(expected) == len(plan.projections)
+    for input_index, direction in expected.items():
+        got = outputs[changed.gradient_positions()[input_index]]
+        torch.testing.assert_close(got.float(), direction, rtol=rtol, atol=atol)
+
+
+def test_what_is_not_finite_says_nothing_of_where_to_go(rewritten, values_of, evaluate):
+    settings = {"rank": 16, "projection": "tracked", "place": "late"}
+    _, _, changed, _ = rewritten(nn.Linear(64, 48), batch(), **settings)
+    values = values_of(changed)
+    tangent = next(name for name in values if "tangents" in name)
+    for value in (math.inf, math.nan, 0.0):
+        position = changed.gradient_positions()[min(changed.added)]
+        spoilt = {**values, tangent: torch.full_like(values[tangent], value)}
+        assert torch.equal(evaluate(changed.module, spoilt)[position], torch.zeros(48, 16))
+
+
+def test_the_size_of_a_loss_does_not_matter_to_where_a_projection_goes(
+    rewritten, values_of, evaluate
+):
+    settings = {"rank": 16, "projection": "tracked", "place": "late"}
+    _, _, changed, _ = rewritten(nn.Linear(64, 48), batch(), **settings)
+    values = values_of(changed)
+    tangent = next(name for name in values if "tangents" in name)
+    position = changed.gradient_positions()[min(changed.added)]
+    one, scaled = (
+        evaluate(changed.module, {**values, tangent: scale * values[tangent]})[position]
+        for scale in (1.0, 2.0**16)
+    )
+    torch.testing.assert_close(scaled, one * 2.0**16)
+
+
+def test_grouped_products_without_a_kernel_are_not_tracked(joint_of, calls):
+    joint = joint_of(layers(calls)["grouped in float32"], batch())
+    (site,) = choose_sites(joint, CompactConfig(projection="tracked")).sites
+    assert site.reason == "a grouped matmul of this dtype is not tracked"
+
+
+def test_early_tracked_tokens_have_memory_of_their_own(rewritten, calls):
+    settings = {"rank": 16, "projection": "tracked", "place": "early", "track_every": 8}
+    *_, found = rewritten(layers(calls)["qkv"], batch(), **settings)
+    ((sketch, seen),) = found.values()
+    assert seen.meta["val"].shape == (4, 64)
+    assert seen.meta["val"].untyped_storage().nbytes() == 4 * 64 * 4
+    assert sketch.meta["val"].shape == (32, 16)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from compact_fx import compact_backend
-from compact_fx.config import CompactConfig
 from compact_fx.plan import Plan, ProjectionInput
 from compact_fx.projections import Projection, drawn, fold_in
 from compact_fx.training.inputs import GraphInputs
@@ -36,7 +35,7 @@ def plan_of(*salts):
 
 
 def inputs_of(plan, seed, interval):
-    return GraphInputs(plan, CompactConfig(seed=seed, update_interval=interval), Watch())
+    return GraphInputs(plan, Watch(), seed=seed, interval=interval)
 
 
 def schedule_of(*weights, interval=1, seed=0):
