@@ -254,6 +254,9 @@ class Version:
     matrix: Tensor
     generation: int
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Version":
+        return self
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrackedBasis(Basis):

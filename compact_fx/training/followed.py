@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from compact_fx.projections import Projection, TrackedBasis, Version, fold_in, follow
-
-Energies = list[tuple[int, float]]
-"""Steps of the weight, and the share of its gradient's energy that P held until then."""
+from compact_fx.training.watch import Energies
 
 
 class Followed:
@@ -22,8 +20,8 @@ class Followed:
         version: of P, now.
         gradient: Y, summed since P has changed, float32; None where nothing has arrived.
         changed_at: steps of its weights when it changed last.
-        interval: steps until it changes again, `columns`: how many then follow, and
-        energies: what is reported; as the graph that used it last wants them.
+        interval: steps until it changes again (None before a graph has used it), `columns`: how
+            many then follow, and `energies`: what is reported; as the graph that used it last says.
     """
 
     def __init__(
@@ -41,15 +39,15 @@ class Followed:
         self.version = version
         self.gradient = gradient
         self.changed_at = changed_at
-        self.interval = 1
+        self.interval: int | None = None
         self.columns = 0
         self.energies: Energies = []
         self._leaves: dict[torch.dtype, Tensor] = {}
         _all.append(weakref.ref(self))
 
-    def basis(self, projection: Projection) -> TrackedBasis:
-        """P as it is now, in this dtype."""
-        return TrackedBasis(projection=projection, seed=self.seed, version=self.version, dim=1)
+    def basis(self, projection: Projection, seed: int) -> TrackedBasis:
+        """P as it is now, in this dtype, of a run with this seed."""
+        return TrackedBasis(projection=projection, seed=seed, version=self.version, dim=1)
 
     def leaf(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """P as a graph gets it: a leaf whose gradient is Y.
@@ -74,6 +72,8 @@ class Followed:
     @property
     def is_due(self) -> bool:
         """Whether P changes before its next use: after the first step, then every interval."""
+        if self.interval is None:
+            return False
         since = self.steps() - self.changed_at
         return since >= (1 if self.version.generation == 0 else self.interval)
 

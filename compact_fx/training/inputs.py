@@ -10,9 +10,9 @@ from torch import Tensor
 
 from compact_fx import _torch
 from compact_fx.plan import FactorInput, Plan
-from compact_fx.projections import Basis, DrawnBasis
+from compact_fx.projections import Basis, DrawnBasis, Projection
 from compact_fx.training.delivery import empty_leaf, leaf_of, refuse_distributed, refuse_hooks
-from compact_fx.training.followed import change_those_due
+from compact_fx.training.followed import Followed, change_those_due
 from compact_fx.training.watch import Watch
 from compact_fx.training.weights import Group, WeightRecord, changes, record_of
 
@@ -92,30 +92,32 @@ class GraphInputs:
     def _entry(
         self, weights: Sequence[Tensor], arguments: Sequence[Any], old: "_Entry | None"
     ) -> "_Entry":
+        records = dict(zip(self._indices, map(record_of, weights), strict=True))
+        owners = [[records[i] for i in p.owners] for p in self._plan.projection_inputs]
+        groups = [self._group(number, own) for number, own in enumerate(owners)]
+        now, device = changes(), weights[0].device
+        followed = self._followed(groups, device)
         change_those_due()
-        now = changes()
-        if old is not None and self._versions(old.groups) == old.versions:
+        versions = self._versions(groups)
+        if old is not None and versions == old.versions:
             old.changes = now
             for record, basis in zip(old.factor_records, old.factor_bases, strict=True):
                 record.basis = basis  # another graph may have had another since
             return old
         if old is None:  # a new set of weights: forget those that are gone
             self._last = {k: e for k, e in self._last.items() if e.is_alive()}
-        records = dict(zip(self._indices, map(record_of, weights), strict=True))
-        owners = [[records[i] for i in p.owners] for p in self._plan.projection_inputs]
-        groups = [self._group(number, own) for number, own in enumerate(owners)]
-        device = weights[0].device
         bases: list[Basis] = []
         sources: list[Tensor] = []
         for number, (group, own) in enumerate(zip(groups, owners, strict=True)):
-            if self._plan.projections[number].is_tracked:
-                basis, source = self._followed(number, group.root(), device)
-                bases.append(self._shared(basis, own))
+            projection = self._plan.projections[number].with_salt(group.root().salt)
+            if number in followed:
+                basis: Basis = followed[number].basis(projection, self._seed)
+                sources.append(followed[number].leaf(projection.dtype, device))
             else:
-                bases.append(self._shared(self._drawn(number, group.root()), own))
-                source = bases[-1].source(device)
-            sources.append(source)
-        versions = self._versions(groups)
+                basis = self._drawn(projection, group.root())
+            bases.append(self._shared(basis, own))
+            if number not in followed:
+                sources.append(bases[-1].source(device))
         factor_bases = [bases[role.projection].along(role.dim) for role in self._factors]
         for record in records.values():
             record.watch, record.is_factor = self._watch, False
@@ -149,36 +151,35 @@ class GraphInputs:
             group.add(record)
         return group
 
+    def _followed(self, groups: Sequence[Group], device: torch.device) -> dict[int, Followed]:
+        """The tracked projections by number; they change as this graph's settings say."""
+        found = {}
+        for number, (group, p) in enumerate(zip(groups, self._plan.projections, strict=True)):
+            if p.is_tracked:
+                root = group.root()
+                found[number] = followed = root.follow(p.with_salt(root.salt), self._seed, device)
+                followed.interval = self._interval
+                followed.columns = round(self._follow * p.rank)
+                followed.energies = self._watch.energies_of(self._names[number], followed.energies)
+        return found
+
     def _versions(self, groups: Sequence[Group]) -> list[object]:
         """What stays the same for as long as each projection does."""
         versions: list[object] = []
-        for group, projection in zip(groups, self._plan.projections, strict=True):
+        for group, p in zip(groups, self._plan.projections, strict=True):
             root = group.root()
-            if projection.is_tracked:
-                followed = root.followed.get((projection.features, projection.rank))
-                versions.append(followed and followed.version)
+            if p.is_tracked:
+                versions.append(root.followed[p.features, p.rank].version)
             else:
-                versions.append((root.salt, self._generation(root)))
+                versions.append((root.salt, root.steps // self._interval))
         return versions
 
-    def _generation(self, group: Group) -> int:
-        return group.steps // self._interval
-
-    def _drawn(self, number: int, group: Group) -> Basis:
+    def _drawn(self, projection: Projection, group: Group) -> Basis:
         """A projection in the version that the steps of its weights say."""
-        projection = self._plan.projections[number].with_salt(group.salt).canonical()
-        generation, seed = self._generation(group), self._seed
-        return DrawnBasis(projection=projection, seed=seed, generation=generation, dim=1)
-
-    def _followed(self, number: int, group: Group, device: torch.device) -> tuple[Basis, Tensor]:
-        """A tracked projection as it is now, and the leaf that a graph gets of it."""
-        projection = self._plan.projections[number].with_salt(group.salt)
-        followed = group.follow(projection, self._seed, device)
-        followed.interval = self._interval
-        followed.columns = round(self._follow * projection.rank)
-        followed.energies = self._watch.energies.setdefault(self._names[number], followed.energies)
-        leaf = followed.leaf(projection.dtype, device)
-        return followed.basis(projection), leaf
+        generation = group.steps // self._interval
+        return DrawnBasis(
+            projection=projection.canonical(), seed=self._seed, generation=generation, dim=1
+        )
 
     def _shared(self, basis: Basis, owners: Sequence[WeightRecord]) -> Basis:
         """The same object that other graphs have, if they have the same projection."""

@@ -210,10 +210,10 @@ def _basis_of(
         drawn = DrawnBasis(projection=projection, seed=seed, generation=generation, dim=dim)
         return Restored(drawn, 0)
     for name in _TRACKED:
+        value = tensors.get(name)
         if name not in {**numbers, **tensors}:
             raise ValueError(f"{whose} is damaged: {_PREFIX}{name} is missing")
-        value = tensors.get(name)
-        if value is not None and (not isinstance(value, Tensor) or value.shape != (n, rank)):
+        if name in tensors and not (isinstance(value, Tensor) and value.shape == (n, rank)):
             raise ValueError(f"{whose} is damaged: {_PREFIX}{name} must be of shape {(n, rank)}")
 
     def version(name: str, generation: int) -> Version:

@@ -5,6 +5,9 @@ from collections import Counter
 
 from compact_fx import _torch
 
+Energies = list[tuple[int, float]]
+"""Steps of the weight, and the share of its gradient's energy that P held until then."""
+
 STEPS_UNSEEN = (
     "no optimizer step of the compiled weights was seen, although their values change: projections "
     "stay as they are. Where no torch.optim.Optimizer holds the model's own parameters (master "
@@ -26,8 +29,12 @@ class Watch:
     def __init__(self) -> None:
         self.unsketched: Counter[str] = Counter()
         self.steps_unseen = False
-        self.energies: dict[str, list[tuple[int, float]]] = {}
+        self.energies: dict[str, Energies] = {}
         self._limit_hits = _torch.recompile_limit_hits()
+
+    def energies_of(self, weight: str, so_far: Energies) -> Energies:
+        """Where those of a tracked projection go on, by the name of its first weight."""
+        return self.energies.setdefault(weight, so_far)
 
     def expect(self, reason: str) -> None:
         """A graph is compiled without sketches, and a warning has said so."""

@@ -1,0 +1,498 @@
+"""Tracked projections from step to step: what they see, when they change, what goes along."""
+
+import copy
+import gc
+import io
+import math
+import warnings
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from compact_fx import CompactAdamW, compact_backend, compact_optimizer, count_step
+from compact_fx.training.gradients import SketchedGrad
+from compact_fx.training.weights import known_record
+
+N, RANK = 48, 12
+
+
+class Model(nn.Module):
+    """One weight on its input side, one on its output side."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(N, 96, bias=False), nn.Linear(96, N, bias=False)
+
+    def forward(self, x):
+        return self.down(F.silu(self.up(x.sin())))
+
+
+def make(seed=0):
+    torch.manual_seed(seed)
+    return Model()
+
+
+def data(step, tokens=64):
+    return torch.randn(tokens, N, generator=torch.Generator().manual_seed(step))
+
+
+def backend(**settings):
+    settings = {"projection": "tracked", "gradients": "sketched", "inner": "aot_eager", **settings}
+    return compact_backend(**{"rank": 0.25, "update_interval": 4, "strict": True, **settings})
+
+
+def compiled(model, **settings):
+    torch._dynamo.reset()
+    return torch.compile(model, backend=backend(**settings))
+
+
+def loss_of(step, x):
+    return step(x).square().mean() + step(x).mean()
+
+
+def train(model, step, optimizer, steps, first=0):
+    losses = []
+    for i in range(first, first + steps):
+        loss = loss_of(step, data(i))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def followed_of(weight):
+    ((_, followed),) = known_record(weight).group.root().followed.items()
+    return followed
+
+
+def generations(model):
+    return [followed_of(weight).version.generation for weight in model.parameters()]
+
+
+# --- what is seen ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("track_every", [1, 8])
+def test_y_is_the_gradient_of_half_g_p_squared_over_all_passes(track_every):
+    """Also with the weight's own gradients as reference, on the tracked tokens, both sides."""
+    model = make().double()
+    step = compiled(model, track_every=track_every)
+    expected = dict.fromkeys(model.parameters(), 0.0)
+    for i in range(3):
+        x = data(i).double()
+        step(x).square().sum().backward()
+        inputs = {}
+        h = model.up(x.sin())
+        outputs = [h, model.down(F.silu(h))]
+        inputs = [x.sin(), F.silu(h)]
+        deltas = torch.autograd.grad(outputs[1].square().sum(), outputs)
+        for weight, a, dy in zip(model.parameters(), inputs, deltas, strict=True):
+            p = followed_of(weight).version.matrix.double()
+            a, dy = (t.detach() for t in ((a, dy) if weight.shape[0] > N else (dy, a)))
+            factor = dy.T @ a @ p
+            seen = a[::track_every].T @ (dy[::track_every] @ factor)
+            expected[weight] = expected[weight] + seen / factor.norm()
+    for weight, y in expected.items():
+        torch.testing.assert_close(followed_of(weight).gradient.double(), y, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_are_g_p_pt_on_both_sides():
+    model, reference = make().double(), make().double()
+    step = compiled(model)
+    for i in range(2):
+        step(data(i).double()).square().sum().backward()
+        reference(data(i).double()).square().sum().backward()
+    up, down = model.up.weight, model.down.weight
+    p, q = (followed_of(weight).version.matrix.double() for weight in (up, down))
+    assert (up.grad.factor.shape, down.grad.factor.shape) == ((96, RANK), (RANK, 96))
+    torch.testing.assert_close(up.grad.to_dense(), reference.up.weight.grad @ p @ p.T)
+    torch.testing.assert_close(down.grad.to_dense(), q @ q.T @ reference.down.weight.grad)
+
+
+@pytest.mark.parametrize("gradients", ["dense", "sketched"])
+def test_at_full_rank_gradients_are_exact_after_changes_too(gradients):
+    model, reference = make().double(), make().double()
+    step = compiled(model, rank=1.0, gradients=gradients, update_interval=2, place="late")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    other = torch.optim.SGD(reference.parameters(), lr=1e-2)
+    for i in range(6):
+        step(data(i).double()).square().mean().backward()
+        reference(data(i).double()).square().mean().backward()
+        for mine, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+            grad = mine.grad.to_dense() if gradients == "sketched" else mine.grad
+            torch.testing.assert_close(grad, theirs.grad, rtol=1e-5, atol=1e-8)
+        for one in (optimizer, other):
+            one.step()
+            one.zero_grad()
+    assert generations(model) == [3, 3]
+
+
+# --- when it changes ------------------------------------------------------------------------------
+
+
+def test_it_changes_after_the_first_step_and_then_every_interval():
+    model = make()
+    step, optimizer = compiled(model), CompactAdamW(model.parameters(), lr=1e-3)
+    seen = []
+    for i in range(11):
+        train(model, step, optimizer, 1, i)
+        seen.append(generations(model))
+    assert [up for up, _ in seen] == [0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3]
+    assert [up for up, _ in seen] == [down for _, down in seen]
+
+
+def test_columns_that_follow_hold_more_of_the_gradient_than_chance():
+    model = make()
+    step, optimizer = compiled(model, follow=0.5), CompactAdamW(model.parameters(), lr=1e-3)
+    train(model, step, optimizer, 6)
+    for weight in model.parameters():
+        followed = followed_of(weight)
+        (_, first), (_, second) = followed.energies
+        assert 0 < first <= 1
+        assert second > max(first, RANK / N)
+
+
+def test_weights_that_do_not_step_keep_their_projection():
+    model = make()
+    model.down.weight.requires_grad_(False)
+    step = compiled(model)
+    optimizer = CompactAdamW(model.parameters(), lr=1e-3)
+    train(model, step, optimizer, 3)
+    model.down.weight.requires_grad_(True)
+    train(model, step, optimizer, 3, 3)
+    assert followed_of(model.up.weight).version.generation == 2
+    assert followed_of(model.down.weight).version.generation == 1
+
+
+def test_a_late_backward_pass_sees_the_p_of_its_forward():
+    model, reference = make().double(), make().double()
+    step = compiled(model, update_interval=1)
+    x = data(0).double()
+    step(x).sum().backward()
+    late = step(x).square().sum()
+    before = followed_of(model.up.weight).version.matrix
+    count_step(model.parameters())
+    model.zero_grad()
+    step(x).sum()  # the projection has changed
+    assert followed_of(model.up.weight).version.matrix is not before
+    late.backward()
+    reference(x).square().sum().backward()
+    p = before.double()
+    torch.testing.assert_close(model.up.weight.grad.to_dense(), reference.up.weight.grad @ p @ p.T)
+    assert followed_of(model.up.weight).gradient is None  # it says nothing of the new one
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoints_recompute_with_the_p_of_their_forward(use_reentrant):
+    results = []
+    for checkpointed in (False, True):
+        model = make()
+        step, optimizer = compiled(model, update_interval=1), None
+        optimizer = CompactAdamW(model.parameters(), lr=1e-2)
+        for i in range(4):
+            x = data(i).requires_grad_()
+            y = checkpoint(step, x, use_reentrant=use_reentrant) if checkpointed else step(x)
+            y.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([p.detach().clone() for p in model.parameters()])
+    for plain, again in zip(*results, strict=True):
+        torch.testing.assert_close(plain, again)
+
+
+def test_weights_in_two_graphs_share_one_projection():
+    model, head = make(), nn.Linear(N, N)
+    both = nn.ModuleList([model, head])
+    torch._dynamo.reset()
+    shared = backend()
+    one = torch.compile(model, backend=shared)
+    two = torch.compile(lambda x: head(model(x)), backend=shared)
+    optimizer = CompactAdamW(both.parameters(), lr=1e-3)
+    for i in range(6):
+        (one if i % 2 else two)(data(i)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    one(data(9)).square().mean().backward()
+    two(data(9)).square().mean().backward()
+    assert isinstance(model.up.weight.grad, SketchedGrad)
+    assert model.up.weight.grad.factor is not None  # two bases would have made it dense
+
+
+# --- what has no gradient -------------------------------------------------------------------------
+
+
+def test_an_overflow_loses_nothing():
+    """Steps that GradScaler skips say nothing, and what was seen before is still there."""
+    model = make()
+    step, optimizer = compiled(model), CompactAdamW(model.parameters(), lr=1e-3)
+    train(model, step, optimizer, 2)
+    y = followed_of(model.up.weight).gradient.clone()
+    (step(data(5)) * math.inf).sum().backward()
+    assert torch.equal(followed_of(model.up.weight).gradient, y)
+
+
+def test_a_scaled_loss_gives_the_same_projections():
+    matrices = []
+    for scale in (1.0, 2.0**12):
+        model = make()
+        step, optimizer = compiled(model), CompactAdamW(model.parameters(), lr=1e-3)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        for i in range(6):
+            scaler.scale(step(data(i)).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        matrices.append(followed_of(model.up.weight).version.matrix)
+    torch.testing.assert_close(*matrices, rtol=1e-3, atol=1e-4)
+
+
+def test_a_weight_without_gradient_keeps_its_projection_and_says_so_once():
+    from compact_fx.training.followed import _warn_of_none
+
+    _warn_of_none.cache_clear()
+    model = make()
+    step, optimizer = compiled(model, update_interval=1), CompactAdamW(model.parameters(), lr=1e-3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for i in range(4):
+            (step(data(i)) * 0.0).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert sum("a tracked projection stays" in str(w.message) for w in caught) == 1
+    assert generations(model) == [0, 0]
+    train(model, step, optimizer, 2, 4)
+    assert generations(model) == [1, 1]
+
+
+# --- optimizers -----------------------------------------------------------------------------------
+
+
+class Keeps(torch.optim.Optimizer):
+    """Keeps the moments of its first step."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 1e-3})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["exp_avg"], state["exp_avg_sq"] = p.grad.clone(), p.grad.square()
+                p.add_(p.grad, alpha=-group["lr"])
+
+
+def test_moments_are_rotated_with_the_projection():
+    model = make()
+    step, optimizer = compiled(model), compact_optimizer(Keeps, model.parameters())
+    train(model, step, optimizer, 1)
+    weights = list(model.parameters())
+    before = {w: {k: v.clone() for k, v in optimizer.state[w].items()} for w in weights}
+    old = {w: optimizer._bases[w] for w in weights}
+    train(model, step, optimizer, 1, 1)
+    for w in weights:
+        new, state = optimizer._bases[w], optimizer.state[w]
+        change = old[w].version.matrix.T @ new.version.matrix
+        assert (change - torch.eye(RANK)).abs().max() > 0.1
+        for name, r in (("exp_avg", change), ("exp_avg_sq", change.square())):
+            m = before[w][name]
+            expected = m @ r if old[w].is_last(m) else r.T @ m
+            torch.testing.assert_close(state[name], expected)
+    train(model, step, optimizer, 1, 2)  # the same version: nothing happens
+    for w in weights:
+        assert (
+            old[w]
+            .change_to(optimizer._bases[w], before[w]["exp_avg"])
+            .allclose(optimizer.state[w]["exp_avg"], atol=1e-6)
+        )
+
+
+def test_updates_are_as_large_as_those_of_adamw():
+    """In the first step each entry of Adam's update is ±lr: of the weight, and of the factor."""
+    model, reference = make(), make()
+    step = compiled(model)
+    optimizer = CompactAdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    other = torch.optim.AdamW(reference.parameters(), lr=1e-3, weight_decay=0.0)
+    start = [p.detach().clone() for p in model.parameters()]
+    train(model, step, optimizer, 1)
+    train(reference, reference, other, 1)
+    for first, mine, theirs in zip(start, model.parameters(), reference.parameters(), strict=True):
+        sizes = [(p.detach() - first).norm() for p in (mine, theirs)]
+        torch.testing.assert_close(*sizes, rtol=1e-3, atol=0)
+
+
+def test_sgd_makes_the_projected_step():
+    model, reference = make(), make()
+    step = compiled(model)
+    optimizer = compact_optimizer(torch.optim.SGD, model.parameters(), lr=0.1)
+    p = None
+    start = model.up.weight.detach().clone()
+    loss_of(step, data(0)).backward()
+    p = followed_of(model.up.weight).version.matrix
+    optimizer.step()
+    loss_of(reference, data(0)).backward()
+    expected = start - 0.1 * reference.up.weight.grad @ p @ p.T
+    torch.testing.assert_close(model.up.weight.detach(), expected)
+
+
+OPTIMIZERS = {
+    "AdamW": lambda params: CompactAdamW(params, lr=1e-2),
+    "amsgrad": lambda params: CompactAdamW(params, lr=1e-2, amsgrad=True),
+    "SGD": lambda params: compact_optimizer(torch.optim.SGD, params, lr=3.0, momentum=0.9),
+    "RMSprop": lambda params: compact_optimizer(torch.optim.RMSprop, params, lr=1e-3),
+    "Muon": lambda params: compact_optimizer(
+        torch.optim.Muon, params, lr=1e-2, decoupled_weight_decay=True
+    ),
+    "Adafactor": lambda params: compact_optimizer(torch.optim.Adafactor, params, lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_optimizer_trains(name):
+    model = make()
+    step, optimizer = compiled(model, update_interval=3), OPTIMIZERS[name](model.parameters())
+    x = data(0)
+    losses = []
+    for _ in range(30):
+        loss = F.mse_loss(step(x), x.roll(1, 1))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.97 * losses[0]
+    assert math.isfinite(losses[-1])
+
+
+def test_stepping_in_backward_is_the_same_run():
+    results = []
+    for in_backward in (False, True):
+        model = make()
+        step = compiled(model)
+        optimizer = CompactAdamW(model.parameters(), lr=1e-2, step_in_backward=in_backward)
+        for i in range(7):
+            step(data(i)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([p.detach().clone() for p in model.parameters()])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+# --- saved, loaded, copied ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("saved_at", [0, 1, 3, 5, 6])
+def test_a_resumed_run_goes_on_bit_for_bit(saved_at):
+    model = make()
+    step, optimizer = compiled(model), CompactAdamW(model.parameters(), lr=1e-2)
+    train(model, step, optimizer, saved_at)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    expected = train(model, step, optimizer, 6, saved_at)
+
+    again = make(seed=1)
+    step, optimizer = compiled(again), CompactAdamW(again.parameters(), lr=1e-2)
+    saved = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    again.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    assert train(again, step, optimizer, 6, saved_at) == expected
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_state_saved_between_forward_and_step_holds_both_projections():
+    model = make()
+    step, optimizer = compiled(model), CompactAdamW(model.parameters(), lr=1e-2)
+    train(model, step, optimizer, 5)
+    loss_of(
+        step, data(5)
+    ).backward()  # the projection has changed, the moments are still in the old
+    state = copy.deepcopy(optimizer.state_dict())
+    weights = copy.deepcopy(model.state_dict())
+    optimizer.step()
+    optimizer.zero_grad()
+    expected = train(model, step, optimizer, 3, 6)
+
+    again = make(seed=1)
+    again.load_state_dict(weights)
+    step, optimizer = compiled(again), CompactAdamW(again.parameters(), lr=1e-2)
+    optimizer.load_state_dict(state)
+    # What the interrupted pass has seen is in Y already: its tokens count once.
+    for weight in again.parameters():
+        followed_of(weight).gradient.zero_()
+    loss_of(step, data(5)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert train(again, step, optimizer, 3, 6) == expected
+
+
+def test_restoring_in_the_same_process_goes_back():
+    model = make()
+    step, optimizer = compiled(model), CompactAdamW(model.parameters(), lr=1e-2)
+    train(model, step, optimizer, 3)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    expected = train(model, step, optimizer, 5, 3)
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    assert train(model, step, optimizer, 5, 3) == expected
+
+
+def test_a_copy_goes_on_by_itself():
+    model = make()
+    step, optimizer = compiled(model), CompactAdamW(model.parameters(), lr=1e-2)
+    train(model, step, optimizer, 3)
+    other, other_optimizer = copy.deepcopy((model, optimizer))
+    expected = train(model, step, optimizer, 5, 3)
+    assert train(other, compiled(other), other_optimizer, 5, 3) == expected
+
+
+DAMAGE = {
+    "projection_matrix": lambda t: t[:-1],
+    "projection_gradient": lambda t: None,
+    "projection_since": lambda t: torch.tensor(-1),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_state_is_refused_whole(name):
+    model = make()
+    step, optimizer = compiled(model), CompactAdamW(model.parameters(), lr=1e-2)
+    train(model, step, optimizer, 3)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["state"][1][name] = DAMAGE[name](state["state"][1][name])
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    with pytest.raises(ValueError, match=f"damaged: {name}"):
+        optimizer.load_state_dict(state)
+    after = optimizer.state_dict()["state"]
+    assert torch.equal(before[0]["exp_avg"], after[0]["exp_avg"])
+
+
+def test_another_seed_or_kind_is_refused():
+    model = make()
+    optimizer = CompactAdamW(model.parameters(), lr=1e-2)
+    train(model, compiled(model), optimizer, 3)
+    state = copy.deepcopy(optimizer.state_dict())
+    for settings, named in (({"seed": 3}, "seed"), ({"projection": "gaussian"}, "kind")):
+        again = make()
+        optimizer = CompactAdamW(again.parameters(), lr=1e-2)
+        optimizer.load_state_dict(state)
+        loss_of(compiled(again, **settings), data(0)).backward()
+        with pytest.raises(ValueError, match=f"has {named}="):
+            optimizer.step()
+
+
+def test_what_is_gone_is_forgotten():
+    model = make()
+    step, optimizer = compiled(model), CompactAdamW(model.parameters(), lr=1e-2)
+    train(model, step, optimizer, 2)
+    gone = weakref.ref(followed_of(model.up.weight))
+    del model, step, optimizer
+    torch._dynamo.reset()
+    gc.collect()
+    assert gone() is None
