@@ -99,7 +99,8 @@ def _gather(graph: fx.Graph, projection: fx.Node, inline: _Inliner) -> None:
         with graph.inserting_before(product):
             if position == 0:
                 signs = new(aten.unsqueeze.default, (signs, 1))
-            terms = new(aten.index.Tensor, (other, [None] * dim + [index]))
+            # The indices are clamped, which Inductor's C++ does not see: it would check each one.
+            terms = new(aten._unsafe_index.Tensor, (other, [None] * dim + [index]))
             terms = new(aten.mul.Tensor, (terms, signs))
             if function is countsketch_rows:
                 for _ in index.meta["val"].shape[:-1]:

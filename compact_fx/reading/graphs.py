@@ -130,7 +130,8 @@ def named(joint: JointGraph) -> JointGraph:
     joint = joint.copy()
     gradients = joint.gradients()
     for index, node in joint.weight_inputs().items():
-        name = re.sub(r"\W", "_", joint.weights[index])
+        # torch looks nodes up by name in graphs that it copies, where fx writes names like this.
+        name = re.sub(r"\W", "_", re.sub(r"([a-z])([A-Z])", r"\1_\2", joint.weights[index])).lower()
         _torch.rename(node, name)
         gradient = gradients.get(index)
         if gradient is not None:

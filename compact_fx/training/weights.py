@@ -250,8 +250,12 @@ def count_step(weights: Iterable[Tensor]) -> None:
         weights: such as `model.parameters()`.
     """
     _note_change()
-    for weight in weights:
-        record_of(weight).count()
+    records = [record_of(weight) for weight in weights]
+    watches = {record.watch for record in records if record.watch is not None}
+    for watch in watches - {record.watch for record in records if record.in_graph}:
+        watch.stepped_unsketched()
+    for record in records:
+        record.count()
 
 
 def steps_of(weight: Tensor) -> int:

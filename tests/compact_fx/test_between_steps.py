@@ -842,6 +842,20 @@ def test_calls_beyond_the_recompile_limit_are_counted(gradients):
     assert re.search(rf"\b4\b.*{WITHOUT}|{WITHOUT}(.|\n)*\b4\b", str(report))
 
 
+def test_calls_beyond_the_recompile_limit_are_counted_by_hand_as_well():
+    model, compact = Mlp(), backend(rank=0.25)
+    with recompile_limit(), warned(WITHOUT, 1):
+        step = torch.compile(model, backend=compact, dynamic=False)
+        for number, rows in enumerate((128, 64, 32, 128, 16)):
+            loss_of(step(batch(number, rows))).backward()
+            with torch.no_grad():
+                for weight in model.parameters():
+                    weight -= 1e-3 * weight.grad
+                    weight.grad = None
+            compact_fx.count_step(model.parameters())
+    assert sum(compact.report().unsketched.values()) == 3
+
+
 class Tuple(nn.Module):
     """Graphs return tuples."""
 

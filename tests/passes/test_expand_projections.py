@@ -82,7 +82,7 @@ def test_products_with_a_countsketch_become_gathers(rewritten, ops_of, gradients
     after = ops_of(module)
     both = 3 if gradients == "sketched" else 6  # z = x P, and dW = F Pᵀ
     assert after[aten.mm.default] == before[aten.mm.default] - both
-    assert after[aten.index.Tensor] == both
+    assert after[aten._unsafe_index.Tensor] == both
     largest = max(node.meta["val"].numel() for node in module.graph.nodes if node.op != "output")
     assert largest < 48 * 12 * 8  # P in full would be compared as (48, 12) words
 
@@ -102,7 +102,7 @@ def test_batched_products_with_a_countsketch_become_gathers(
     products = ops_of(joint.module)[aten.bmm.default]
     expand_projections(joint.module)
     assert ops_of(joint.module)[aten.bmm.default] == products - 4
-    assert ops_of(joint.module)[aten.index.Tensor] == 4
+    assert ops_of(joint.module)[aten._unsafe_index.Tensor] == 4
     torch.testing.assert_close(evaluate(joint.module, values), expected)
 
 
@@ -112,7 +112,7 @@ def test_thin_countsketches_stay_matmuls(rewritten, ops_of):
     matmuls = ops_of(module)[aten.mm.default]
     expand_projections(module)
     assert ops_of(module)[aten.mm.default] == matmuls
-    assert ops_of(module)[aten.index.Tensor] == 0
+    assert ops_of(module)[aten._unsafe_index.Tensor] == 0
 
 
 def test_both_sides_are_expanded_alike(rewritten, values_of, evaluate_cut, ops_of):

@@ -78,6 +78,16 @@ def test_graphs_can_be_read(graphs):
     assert "test_graphs.py" in text
 
 
+@pytest.mark.parametrize("name", ["Wq", "LayerNormProj", "w_Q", "ABC", "q2Proj"])
+def test_names_with_capitals_can_be_cut(name):
+    """torch's partitioner looks up nodes by the names that fx gives to copies."""
+    layer = nn.Sequential()
+    layer.add_module(name, nn.Linear(64, 48))
+    layer.add_module("tail", nn.GELU())
+    (found,) = compiled(layer, torch.randn(128, 64), keep_graphs=True).graphs
+    assert found.cut.bytes < found.cut_before.bytes
+
+
 def test_one_node_for_each_projection(graphs):
     """x P in the forward, and P again for Pᵀ in the backward; none before."""
     assert count(graphs.joint_before, RANDOM_PROJECTION) == 0
