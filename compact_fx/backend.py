@@ -50,6 +50,7 @@ class CompactBackend:
             graph_breaks=_torch.graph_breaks(since=self._earlier_breaks),
             unsketched=+self._watch.unsketched,  # without those that were never called
             steps_unseen=self._watch.steps_unseen,
+            energies={name: tuple(run) for name, run in self._watch.energies.items()},
         )
 
     def __call__(

@@ -155,6 +155,8 @@ def explain(
         if way == SKETCHED:
             gradients, scratch = analyser.sketched(weights)
         states = STATES[optimizer] * gradients
+        if way in (DENSE, SKETCHED):
+            states += analyser.projection_bytes("dense" if way == DENSE else "sketched")
         step = Moment("optimizer", "step", gradients + scratch)
         base = lasting + states + given
         moments = tuple(replace(m, bytes=base + m.bytes) for m in (*timeline, step))
@@ -253,6 +255,11 @@ class _Analyser:
         memory = {way: graph_memory(cut, joint, intermediate) for way, cut in cuts.items()}
         return _Found(graphs, memory, inputs)
 
+    def projection_bytes(self, gradients: str) -> int:
+        """What tracked projections hold from step to step."""
+        plans = (found.graphs[gradients].plan for found in self.found)
+        return sum(plan.account.projection_bytes for plan in plans)
+
     def sketched(self, weights: Sequence[Tensor]) -> tuple[int, int]:
         """Bytes of all gradients, and what the compact optimizer needs for its step."""
         sizes = {id(weight): _bytes([weight]) for weight in weights}
@@ -264,7 +271,7 @@ class _Analyser:
                 sizes[id(weight)] = math.prod(role.shape) * weight.element_size()
                 factors += sizes[id(weight)]
                 p = plan.projections[role.projection]
-                projections = max(projections, p.in_features * p.rank * p.dtype.itemsize)
+                projections = max(projections, p.features * p.rank * p.dtype.itemsize)
         return sum(sizes.values()), factors + projections
 
 

@@ -72,6 +72,34 @@ def _bars(
     return _save(figure, path)
 
 
+def energies(runs: Mapping[str, Sequence[tuple[int, float]]], path: str | Path) -> Path:
+    """A row for each tracked projection, dark where it holds little of its weights' gradient.
+
+    Args:
+        runs: first weight of each → steps, and the share of energy that was held until then.
+
+    Raises:
+        ValueError: there are none.
+    """
+    runs = {name: run for name, run in runs.items() if run}
+    if not runs:
+        raise ValueError("no tracked projection has changed yet: train for some steps first")
+    figure, axes = _matplotlib().subplots(figsize=(8, 1.6 + 0.18 * len(runs)), layout="constrained")
+    for row, run in enumerate(runs.values()):
+        ends = [steps for steps, _ in run]
+        edges = [0, *ends]
+        mesh = axes.pcolormesh(
+            edges, [row - 0.45, row + 0.45], [[held for _, held in run]], vmin=0, vmax=1
+        )
+    axes.set_yticks(range(len(runs)), list(runs), fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("optimizer steps")
+    axes.set_title("share of the gradient's energy that P holds", loc="left")
+    axes.spines[:].set_visible(False)
+    figure.colorbar(mesh, ax=axes)
+    return _save(figure, path)
+
+
 def crossing(plans: Sequence[Plan], path: str | Path) -> Path:
     """What all graphs keep for backward, before and after, per kind of tensor."""
     rows = {

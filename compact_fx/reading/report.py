@@ -27,12 +27,15 @@ class CompactionReport:
         graph_breaks: reason → how often Dynamo broke a graph for it since the backend was made.
         unsketched: reason → how many calls, or optimizer steps, went without sketches for it.
         steps_unseen: whether the weights change, and no optimizer was seen to step them.
+        energies: first weight of each tracked projection → steps, and the share ‖G P‖² / ‖G‖² of
+            its gradients that P held until then.
     """
 
     plans: tuple[Plan, ...]
     graph_breaks: Mapping[str, int]
     unsketched: Mapping[str, int] = field(default_factory=dict)
     steps_unseen: bool = False
+    energies: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.table()
@@ -56,7 +59,7 @@ class CompactionReport:
             for number, plan in enumerate(self.plans)
             for part in (
                 f"graph {number}: {_totals(plan)}",
-                _weights(plan, tablefmt, wide),
+                _weights(plan, self.energies, tablefmt, wide),
                 _crossing(plan, tablefmt, wide),
             )
         ]
@@ -91,6 +94,7 @@ class CompactionReport:
             "graph_breaks": dict(self.graph_breaks),
             "unsketched": dict(self.unsketched),
             "steps_unseen": self.steps_unseen,
+            "energies": {name: [*map(list, run)] for name, run in self.energies.items()},
         }
 
     def to_json(self, indent: int | None = 1) -> str:
@@ -102,6 +106,18 @@ class CompactionReport:
         from compact_fx.reading.plots import crossing  # matplotlib is an extra
 
         return crossing(self.plans, path)
+
+    def plot_energies(self, path: str | Path) -> Path:
+        """How much of each gradient its tracked projection holds, by weight and over time.
+
+        Where it is little, more rank pays. Needs matplotlib.
+
+        Raises:
+            ValueError: no tracked projection has changed yet.
+        """
+        from compact_fx.reading.plots import energies
+
+        return energies(self.energies, path)
 
 
 # --- rows ----------------------------------------------------------------------------------------
@@ -115,22 +131,31 @@ def _sums(plan: Plan) -> dict[str, int]:
         "bytes_after": plan.account.bytes_after,
         "flops_before": sum(cost.flops_before for cost in plan.account.sites),
         "flops_after": sum(cost.flops_after for cost in plan.account.sites),
+        "projection_bytes": plan.account.projection_bytes,
     }
 
 
 def _totals(plan: Plan) -> str:
     sums = _sums(plan)
+    held = sums["projection_bytes"]
     dearer = sum(cost.flops_after > cost.flops_before for cost in plan.account.sites)
     return (
         f"{sums['sketched']} of {sums['weights']} weight gradients sketched; kept for backward "
         f"{arrow(sums['bytes_before'], sums['bytes_after'], 1e6)} MB; weight gradients "
         f"{arrow(sums['flops_before'], sums['flops_after'], 1e9)} GFLOP"
         + (f" ({dearer} take more than before)" if dearer else "")
+        + (f"; tracked projections hold {digits(held / 1e6)} MB" if held else "")
     )
 
 
-def _weights(plan: Plan, tablefmt: str, wide: bool) -> str:
+def _weights(
+    plan: Plan, energies: Mapping[str, Sequence[tuple[int, float]]], tablefmt: str, wide: bool
+) -> str:
     headers = ["weight", "count", "in → rank", "placement", "kept MB", "weight-grad GFLOP"]
+    last = {name: run[-1][1] for name, run in energies.items() if run}
+    leaders = {site.projection: site.weight for site in reversed(plan.sketched)}
+    held = {s.weight: last[w] for s in plan.sketched if (w := leaders[s.projection]) in last}
+    headers += ["energy"] if held else []
     headers += [*(("out", "gradient") if wide else ()), "left alone because"]
     groups: dict[tuple[Any, ...], list[tuple[Site, SiteCost]]] = {}
     sketched = {role.index for role in plan.factor_inputs}
@@ -140,6 +165,7 @@ def _weights(plan: Plan, tablefmt: str, wide: bool) -> str:
             site.use,
             site.in_features,
             site.out_features,
+            site.side,
             site.rank,
             site.placement,
             site.reason,
@@ -150,23 +176,31 @@ def _weights(plan: Plan, tablefmt: str, wide: bool) -> str:
     for sites in groups.values():
         for pattern, names in merge_names([site.weight for site, _ in sites]):
             members = [(site, cost) for site, cost in sites if site.weight in names]
-            rows.append(_row(pattern, members, members[0][0].index in sketched, wide))
+            own = [held[site.weight] for site, _ in members if site.weight in held]
+            energy = [f"{sum(own) / len(own):.2f}" if own else ""] if held else []
+            rows.append(_row(pattern, members, members[0][0].index in sketched, energy, wide))
     return tabulate(rows, headers=headers, tablefmt=tablefmt, disable_numparse=True)
 
 
 def _row(
-    pattern: str, sites: Sequence[tuple[Site, SiteCost]], sketched: bool, wide: bool
+    pattern: str,
+    sites: Sequence[tuple[Site, SiteCost]],
+    sketched: bool,
+    energy: Sequence[str],
+    wide: bool,
 ) -> list[str]:
     (first, _), costs = sites[0], [cost for _, cost in sites]
     rank = f" → {first.rank}" if first.rank else ""
+    side = "out " if first.side == "output" else ""
     gradient = "" if first.placement is None else "sketched" if sketched else "dense"
     return [
         pattern + (f" (use {first.use + 1})" if first.use else ""),
         str(len(sites)),
-        f"{first.in_features}{rank}" if first.in_features else "",
+        f"{side}{first.features}{rank}" if first.in_features else "",
         first.placement or "",
         arrow(sum(c.bytes_before for c in costs), sum(c.bytes_after for c in costs), 1e6),
         arrow(sum(c.flops_before for c in costs), sum(c.flops_after for c in costs), 1e9),
+        *energy,
         *((str(first.out_features or ""), gradient) if wide else ()),
         first.reason if wide else _shortened(first.reason),
     ]
