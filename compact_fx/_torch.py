@@ -243,6 +243,12 @@ def fake_mode() -> contextlib.AbstractContextManager[Any]:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
+def with_fixed_sizes(tensor: torch.Tensor) -> torch.Tensor:
+    """For tracing in place of a tensor whose sizes never change, also with `dynamic=True`."""
+    mode = detect_fake_mode()
+    return tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
+
+
 def size_hint(size: int | torch.SymInt) -> int:
     """A number for a size that may be symbolic."""
     if isinstance(size, int):

@@ -153,8 +153,8 @@ class GraphCompiler:
             plan, watch, seed=config.seed, interval=config.interval, follow=config.follow
         )
         module = _torch.copy_graph_module(self._module)
-        extra = inputs.examples(self._example_inputs)
-        for number in range(len(extra)):
+        extra = map(_torch.with_fixed_sizes, inputs.examples(self._example_inputs))
+        for number in range(len(plan.inputs)):
             _torch.append_placeholder(module, f"compact_input_{number}")
         module.recompile()
 

@@ -82,6 +82,7 @@ def expected_gradients() -> Callable[..., Gradients]:
                 g = exact[site.weight]
                 left = g.shape[-2:] == (site.in_features, site.out_features)
                 left = left and site.in_features != site.out_features
+                left = left != (site.side == "output")
                 result[site.weight] = p @ (p.T @ g) if left else (g @ p) @ p.T
         return result
 

@@ -60,6 +60,15 @@ class Use:
     def in_features(self) -> int:
         return math.prod(self.shape[dim] for dim in self.in_dims)
 
+    def sides(self, side: str) -> Iterator[tuple[int, ...]]:
+        """Dimensions that may be projected: in_features, or some of the others."""
+        if side == "input":
+            yield self.in_dims
+            return
+        others = [dim for dim in range(len(self.shape)) if dim not in self.in_dims]
+        for count in range(1, len(others) + 1):
+            yield from itertools.combinations(others, count)
+
 
 @dataclass
 class Program:
@@ -602,6 +611,10 @@ class Writer:
 # --- running them --------------------------------------------------------------------------------
 
 
+Sketched = tuple[Tensor, str]
+"""P, and the side of the weight that it is on."""
+
+
 class Projected(torch.autograd.Function):
     """The identity, whose gradient is multiplied by P Pᵀ on the side of some dimensions."""
 
@@ -776,12 +789,13 @@ class Judge:
         }
         below = {
             "rank": draw.choice((0.25, 0.5)),
-            "projection": draw.choice(("orthogonal", "countsketch")),
+            "projection": draw.choice(("orthogonal", "countsketch", "tracked")),
         }
-        for mode, own in zip(
-            modes, ({"rank": 1.0, "projection": "orthogonal"}, below), strict=True
-        ):
+        full = {"rank": 1.0, "projection": draw.choice(("orthogonal", "tracked"))}
+        for mode, own in zip(modes, (full, below), strict=True):
             settings = {**shared, **own, "gradients": mode}
+            if own["projection"] == "tracked":  # programs are too small for it to save memory
+                settings["place"] = draw.choice(("early", "late"))
             for gradient in self.failures_with(settings):
                 self.verdict.failures.append(f"seed {self.program.seed}, {settings}: {gradient}")
         self.verdict.counts["failures"] += len(self.verdict.failures)
@@ -825,11 +839,11 @@ class Judge:
         counts["sketched sites below full rank"] += len(sites) if below else 0
         module = module_of(self.program)
         name_of = {id(module.get_parameter(name)): name for name in self.program.parameters}
-        by_weight: dict[str, list[Tensor]] = {}
+        by_weight: dict[str, list[Sketched]] = {}
         for plan, site in sites:
             p = plan.projections[site.projection](backend.config.seed, 0)
             weight = module.get_parameter(site.weight)
-            by_weight.setdefault(name_of[id(weight)], []).append(p.float())
+            by_weight.setdefault(name_of[id(weight)], []).append((p.float(), site.side))
         wrong = list(self.wrong(result, by_weight, below))
         if wrong:  # torch's partitioner rebuilds from buffers that the forward has changed (2.13)
             with contextlib.suppress(Exception):
@@ -846,7 +860,7 @@ class Judge:
         yield from (f"{name}: {text}" for name, text in wrong)
 
     def wrong(
-        self, result: Result, projections: dict[str, list[Tensor]], below: bool
+        self, result: Result, projections: dict[str, list[Sketched]], below: bool
     ) -> Iterator[tuple[str, str]]:
         """What is not as it should be, with how far it is off."""
         counts = self.verdict.counts
@@ -898,26 +912,30 @@ class Judge:
             else:
                 counts["sketched sites that do not show"] += len(sketches)
 
-    def expected(self, name: str, sketches: list[Tensor]) -> Iterator[Tensor]:
+    def expected(self, name: str, sketches: list[Sketched]) -> Iterator[Tensor]:
         """The weight's gradient for each way in which its sites can be uses of the source."""
         mine = [u for u in range(len(self.program.uses)) if self.reads(u, name)]
-        kinds = {id(p): p for p in sketches}
-        distinct: list[Tensor] = []
-        for p in kinds.values():
-            if not any(p.shape == q.shape and torch.equal(p, q) for q in distinct):
-                distinct.append(p)
-        wanted = Counter(
-            next(i for i, q in enumerate(distinct) if p.shape == q.shape and torch.equal(p, q))
-            for p in sketches
-        )
+        distinct: list[Sketched] = []
+
+        def number_of(sketch: Sketched) -> int | None:
+            p, side = sketch
+            same = (q.shape == p.shape and side == other for q, other in distinct)
+            found = (i for i, is_same in enumerate(same) if is_same)
+            return next((i for i in found if torch.equal(p, distinct[i][0])), None)
+
+        for sketch in sketches:
+            if number_of(sketch) is None:
+                distinct.append(sketch)
+        wanted = Counter(map(number_of, sketches))
         options: list[list[tuple[int, tuple[int, ...]] | None]] = [
             [
                 None,
                 *(  # a matmul may flatten several dimensions in any order
                     (i, order)
-                    for i, p in enumerate(distinct)
-                    if len(p) == self.program.uses[u].in_features
-                    for order in itertools.permutations(self.program.uses[u].in_dims)
+                    for i, (p, side) in enumerate(distinct)
+                    for dims in self.program.uses[u].sides(side)
+                    if len(p) == math.prod(self.program.uses[u].shape[d] for d in dims)
+                    for order in itertools.permutations(dims)
                 ),
             ]
             for u in mine
@@ -930,7 +948,7 @@ class Judge:
             def use(number: int, weight: Tensor, by_use: dict[int, Any] = by_use) -> Tensor:
                 if (way := by_use.get(number)) is None:
                     return weight
-                return Projected.apply(weight, distinct[way[0]], way[1])
+                return Projected.apply(weight, distinct[way[0]][0], way[1])
 
             yield run(self.program, module_of(self.program, use)).gradients[name]
 

@@ -310,6 +310,90 @@ def test_products_with_a_countsketch_take_one_operation_for_each_row(joint_of, a
 
 
 # ---------------------------------------------------------------------------------------------
+# Tracked projections
+# ---------------------------------------------------------------------------------------------
+
+
+def tracked(**settings):
+    return CompactConfig(projection="tracked", **settings)
+
+
+def narrowing():
+    """The second layer has less out_features than in_features; GELU keeps its own input."""
+    return nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 32))
+
+
+def test_a_weight_that_narrows_is_sketched_on_its_output_side(joint_of):
+    plan = choose_sites(joint_of(narrowing(), batch(2, 512, 64)), tracked())
+    sites = sites_of(plan)
+    up, down = sites["0.weight"], sites["2.weight"]
+    assert (up.side, up.features, up.rank) == ("input", 64, 16)
+    assert (down.side, down.features, down.rank, down.placement) == ("output", 32, 8, "late")
+    assert [(p.features, p.rank) for p in plan.projections] == [(64, 16), (32, 8)]
+    assert plan.track_every == 8
+
+
+def test_an_activation_that_would_cross_for_the_output_side_is_sketched_on_the_input_side(joint_of):
+    joint = joint_of(narrowing(), batch(2, 512, 64))
+    site = sites_of(choose_sites(joint, tracked(recompute=False)))["2.weight"]
+    assert (site.side, site.rank, site.placement) == ("input", 32, "early")
+
+
+@pytest.mark.parametrize(
+    ("settings", "side"),
+    [({"rank": 33}, "input"), ({"rank": 32}, "output"), ({"min_features": 33}, "input")],
+)
+def test_the_output_side_needs_room_for_the_rank(joint_of, settings, side):
+    config = tracked(**{"rank": 16, "place": "late"} | settings)
+    plan = choose_sites(joint_of(narrowing(), batch(2, 512, 64)), config)
+    assert sites_of(plan)["2.weight"].side == side
+
+
+def test_random_projections_stay_on_the_input_side(joint_of):
+    plan = choose_sites(joint_of(narrowing(), batch(2, 512, 64)), CompactConfig())
+    assert {site.side for site in plan.sites} == {"input"}
+
+
+def test_the_tokens_that_are_tracked_cross_beside_an_early_sketch(joint_of):
+    plan = choose_sites(joint_of(nn.Linear(64, 64), batch(2, 512, 64)), tracked(track_every=4))
+    (site,) = plan.sites
+    assert site.placement == "early"
+    assert plan.account.bytes_after == 1024 * 16 * 4 + 256 * 64 * 4
+
+
+@pytest.mark.parametrize("tokens", [32, 128, 512])
+@pytest.mark.parametrize("gradients", ["dense", "sketched"])
+def test_no_more_bytes_with_projections_and_what_they_have_seen(
+    joint_of, attention_of, tokens, gradients
+):
+    """P and Y (float32) count against what crosses less, and against gradients that are factors."""
+    joint = joint_of(attention_of(), batch(2, tokens // 2, 64))
+    for rank in RANKS:
+        plan = choose_sites(joint, tracked(rank=rank, gradients=gradients))
+        account = plan.account
+        held = sum(p.features * p.rank * (4 + 4) for p in plan.projections)
+        assert account.projection_bytes == held
+        saved = sum(4 * (64 * 64 - f.shape[0] * f.shape[1]) for f in plan.factor_inputs)
+        assert account.bytes_after + max(0, held - saved) <= account.bytes_before, rank
+
+
+def test_few_tokens_are_not_worth_a_projection(joint_of, attention_of):
+    joint = joint_of(attention_of(), batch(2, 8, 64))
+    plan = choose_sites(joint, tracked())
+    assert not plan.sketched
+    assert all("bytes more than without" in site.reason for site in plan.sites)
+    assert len(choose_sites(joint, tracked(gradients="sketched")).sketched) == 4
+
+
+def test_what_tracking_takes_is_counted(joint_of, attention_of):
+    config = tracked(place="late", gradients="sketched")
+    plan = choose_sites(joint_of(attention_of(), batch()), config)
+    t, n, r, m = 128, 64, 16, 64
+    (o,) = [plan.cost_of(site) for site in plan.sites if site.weight == "o.weight"]
+    assert o.flops_after == 2 * (t * n * r + t * r * m) * 9 // 8
+
+
+# ---------------------------------------------------------------------------------------------
 # Contract
 # ---------------------------------------------------------------------------------------------
 
