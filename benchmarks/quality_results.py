@@ -105,7 +105,7 @@ def plot(rows: list[Run], folder: Path) -> None:
         best: dict[str, list[Run]] = {}
         for same in sorted(runs.values(), key=mean_of):
             best.setdefault(label(same[0]["settings"]), same)
-        figure = Figure(figsize=(11, 4.5), layout="constrained")
+        figure = Figure(figsize=(10, 5.5), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         for number, (name, same) in enumerate(best.items()):
             if math.isinf(mean_of(same)):
@@ -124,6 +124,8 @@ def plot(rows: list[Run], folder: Path) -> None:
         right.set(xlabel="seconds of training")
         for axes in (left, right):
             axes.grid(alpha=0.3)
-        figure.legend(loc="outside right upper", title="loss at the end", fontsize="small")
+        figure.legend(
+            loc="outside lower center", ncols=2, title="loss at the end", fontsize="small"
+        )
         figure.suptitle(f"LLaMA {model}, {steps} steps")
         figure.savefig(folder / f"quality_{model}_{steps}.png", dpi=150)
