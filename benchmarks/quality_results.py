@@ -1,0 +1,131 @@
+"""Results of `quality.py`: what a run is, and tables and figures of many."""
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+Run = dict[str, Any]
+
+DEFAULTS: Run = {
+    "model": "25m",
+    "method": "adamw",
+    "rank": None,
+    "lr": 1e-3,
+    "seed": 0,  # of the weights, the order of the text and projections
+    "steps": 1000,
+    "betas": [0.9, 0.999],
+    "weight_decay": 0.0,
+    "clip": 1.0,  # norm of all gradients; 0: they stay as they are
+    "warm_up": 0.1,  # of the steps; a cosine follows
+    "floor": 0.1,  # of the learning rate, at the end
+    "inner": "inductor",
+}
+
+
+def key_of(settings: Run, *without: str) -> str:
+    """Runs of one key are the same run."""
+    kept = {k: v for k, v in settings.items() if k not in without}
+    return json.dumps(kept, sort_keys=True)
+
+
+def read(path: Path) -> list[Run]:
+    """The results, one of each line."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def label(settings: Run) -> str:
+    """A method with its rank and what is not as usual, for people; neither lr nor seed."""
+    rank = settings["rank"]
+    parts = [settings["method"]]
+    if isinstance(rank, float):
+        parts.append(f"n/{1 / rank:g}" if rank < 1 else "n")
+    elif rank is not None:
+        parts.append(f"rank {rank}")
+    own = settings.keys() - {"model", "method", "rank", "lr", "seed", "steps", "inner"}
+    shown = [k for k in sorted(own) if settings[k] != DEFAULTS.get(k)]
+    parts += [
+        str(settings[k]) if isinstance(settings[k], str) else f"{k} {settings[k]}" for k in shown
+    ]
+    return " ".join(parts)
+
+
+def groups_of(rows: list[Run]) -> dict[tuple[str, int, str], dict[str, list[Run]]]:
+    """Rows of one model, length and text; in each, those that differ in nothing but the seed."""
+    groups: dict[tuple[str, int, str], dict[str, list[Run]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    for row in rows:
+        settings = row["settings"]
+        group = (settings["model"], settings["steps"], row["data"])
+        groups[group][key_of(settings, "seed")].append(row)
+    return groups
+
+
+def mean_of(rows: list[Run], name: str = "loss") -> float:
+    """Over seeds; infinite where one diverged."""
+    return statistics.fmean(math.inf if row.get(name) is None else row[name] for row in rows)
+
+
+def table(rows: list[Run]) -> str:
+    """Mean and deviation over seeds, and the difference to the best full-rank AdamW."""
+    lines = []
+    for (model, steps, _), runs in groups_of(rows).items():
+        full = [r for r in runs.values() if r[0]["settings"]["method"] == "adamw"]
+        best = min(full, key=mean_of, default=None)
+        for same in sorted(
+            runs.values(), key=lambda same: (label(same[0]["settings"]), mean_of(same))
+        ):
+            settings = same[0]["settings"]
+            losses = [row["loss"] for row in same]
+            spread = statistics.stdev(losses) if len(losses) > 1 and None not in losses else None
+            line = [model, steps, label(settings), settings["lr"], len(same), mean_of(same), spread]
+            line.append(mean_of(same, "perplexity"))
+            for name in ("loss", "perplexity"):
+                line.append(
+                    best and f"{100 * (mean_of(same, name) / mean_of(best, name) - 1):+.2f}"
+                )
+            lines.append([*line, *(same[0].get(k) for k in ("step_ms", "peak_gb"))])
+    headers = ["model", "steps", "run", "lr", "seeds", "loss", "±", "perplexity", "loss %"]
+    headers += ["perplexity %", "ms", "GB"]
+    digits = ("", "", "", "g", "", ".4f", ".4f", ".3f", "", "", ".1f", ".2f")
+    return tabulate(lines, headers=headers, floatfmt=digits, tablefmt="github")
+
+
+def plot(rows: list[Run], folder: Path) -> None:
+    """Validation loss against steps and seconds, each method at its best learning rate."""
+    from matplotlib.figure import Figure  # not there on every GPU machine
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for (model, steps, _), runs in groups_of(rows).items():
+        best: dict[str, list[Run]] = {}
+        for same in sorted(runs.values(), key=mean_of):
+            best.setdefault(label(same[0]["settings"]), same)
+        figure = Figure(figsize=(10, 5.5), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        for number, (name, same) in enumerate(best.items()):
+            if math.isinf(mean_of(same)):
+                continue
+            at = [step for step, _ in same[0]["validation"]]
+            curves = zip(*(row["validation"] for row in same), strict=True)
+            losses = [statistics.fmean(loss for _, loss in points) for points in curves]
+            style = {"color": f"C{number % 10}", "marker": "o", "markersize": 4}
+            style["linestyle"] = ("-", "--", ":")[number // 10 % 3]
+            left.plot(at, losses, **style)
+            ms = mean_of(same, "step_ms")
+            right.plot(
+                [step * ms / 1e3 for step in at], losses, **style, label=f"{losses[-1]:.3f} {name}"
+            )
+        left.set(xlabel="optimizer steps", ylabel="validation loss, nats per token")
+        right.set(xlabel="seconds of training")
+        for axes in (left, right):
+            axes.grid(alpha=0.3)
+        figure.legend(
+            loc="outside lower center", ncols=2, title="loss at the end", fontsize="small"
+        )
+        figure.suptitle(f"LLaMA {model}, {steps} steps")
+        figure.savefig(folder / f"quality_{model}_{steps}.png", dpi=150)
