@@ -1,5 +1,7 @@
 """What an optimizer's state is expressed in: check it, carry it into another basis, save it."""
 
+import functools
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,7 +24,8 @@ Refresh = Literal["keep", "project", "reset"]
 REFRESHES: tuple[Refresh, ...] = ("keep", "project", "reset")
 
 _LINEAR = ("exp_avg", "momentum_buffer", "grad_avg")  # what is linear in the gradient
-_SQUARED = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")  # what sums its squares
+# What sums its squares; Adafactor's are those of rows or columns.
+_SQUARED = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "row_var", "col_var")
 _MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}  # which a state has whole or not at all
 
 # In a saved state each is a 0-d int64 tensor: distributed checkpoints load tensors in place, and
@@ -73,10 +76,26 @@ def carry(state: dict[str, Any], old: Basis, new: Basis, refresh: Refresh) -> No
         state.clear()
         return
     for name, moment in state.items():
-        if name in _LINEAR and moment is not None:
+        if not isinstance(moment, Tensor) or moment.dim() <= old.dim:
+            continue
+        if moment.shape[old.dim] != old.projection.rank:  # Adafactor's of the other side
+            continue
+        if name in _LINEAR:
             moment.copy_(old.change_to(new, moment))
         elif name in _SQUARED and isinstance(old, TrackedBasis) and is_tracked:
             moment.copy_(old.change_squares_to(new, moment))
+        elif is_tracked:
+            _warn_of_unknown(name)
+
+
+@functools.cache
+def _warn_of_unknown(name: str) -> None:
+    warnings.warn(
+        f"{name!r} of an optimizer's state stays as it is where a tracked projection changes: it "
+        f"is not known whether it is linear ({', '.join(_LINEAR)}) or squared "
+        f"({', '.join(_SQUARED)}) in the gradient",
+        stacklevel=2,
+    )
 
 
 def names_of(basis: Basis | None, steps: int | None = None) -> dict[str, Tensor]:

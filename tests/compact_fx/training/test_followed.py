@@ -14,7 +14,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from compact_fx import CompactAdamW, compact_backend, compact_optimizer, count_step
+from compact_fx.training.followed import _warn_of_none
 from compact_fx.training.gradients import SketchedGrad
+from compact_fx.training.moments import _warn_of_unknown
 from compact_fx.training.weights import known_record
 
 N, RANK = 48, 12
@@ -252,8 +254,6 @@ def test_a_scaled_loss_gives_the_same_projections():
 
 
 def test_a_weight_without_gradient_keeps_its_projection_and_says_so_once():
-    from compact_fx.training.followed import _warn_of_none
-
     _warn_of_none.cache_clear()
     model = make()
     step, optimizer = compiled(model, update_interval=1), CompactAdamW(model.parameters(), lr=1e-3)
@@ -367,6 +367,17 @@ def test_any_optimizer_trains(name):
         losses.append(loss.item())
     assert losses[-1] < 0.97 * losses[0]
     assert math.isfinite(losses[-1])
+
+
+def test_a_state_that_is_not_known_is_named_once():
+    _warn_of_unknown.cache_clear()
+    model = make()
+    step = compiled(model, update_interval=1)
+    optimizer = compact_optimizer(torch.optim.Adamax, model.parameters(), lr=1e-3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(model, step, optimizer, 4)
+    assert sum("'exp_inf' of an optimizer's state" in str(w.message) for w in caught) == 1
 
 
 def test_stepping_in_backward_is_the_same_run():
