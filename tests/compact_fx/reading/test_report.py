@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from compact_fx import Account, CompactionReport, Plan, Saved, Site, compact_backend
+from compact_fx import (
+    Account,
+    CompactAdamW,
+    CompactionReport,
+    Plan,
+    Saved,
+    Site,
+    compact_backend,
+)
 from compact_fx.plan import SiteCost
 from compact_fx.reading.report import arrow, merge_names
 
@@ -112,9 +120,10 @@ def test_data_has_stable_names(make_llama, tokens):
         "graph_breaks",
         "unsketched",
         "steps_unseen",
+        "energies",
     ]
     totals = ["weights", "sketched", "bytes_before", "bytes_after", "flops_before", "flops_after"]
-    assert list(data["totals"]) == totals
+    assert list(data["totals"]) == [*totals, "projection_bytes"]
     (graph,) = data["graphs"]
     assert list(graph) == ["totals", "sites", "saved_before", "saved_after"]
     assert list(graph["sites"][0]) == [
@@ -123,6 +132,7 @@ def test_data_has_stable_names(make_llama, tokens):
         "use",
         "in_features",
         "out_features",
+        "side",
         "rank",
         "placement",
         "reason",
@@ -174,7 +184,37 @@ def test_totals_are_of_all_graphs():
         "bytes_after": 10,
         "flops_before": 100,
         "flops_after": 10,
+        "projection_bytes": 0,
     }
+
+
+def test_tracked_projections_are_told_with_what_they_hold(tmp_path):
+    """Sides, bytes, and the energy of the last change; of all in the data and the picture."""
+    model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 32))
+    backend = compact_backend(
+        rank=0.25, projection="tracked", gradients="sketched", update_interval=2, inner="aot_eager"
+    )
+    step, optimizer = torch.compile(model, backend=backend), CompactAdamW(model.parameters())
+    with pytest.raises(ValueError, match="no tracked projection has changed yet"):
+        backend.report().plot_energies(tmp_path / "energies.png")
+    for _ in range(6):
+        step(torch.randn(256, 64)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    report = backend.report()
+    assert {name: [s for s, _ in run] for name, run in report.energies.items()} == {
+        "0.weight": [1, 3, 5],
+        "2.weight": [1, 3, 5],
+    }
+    text = report.table()
+    held = report.plans[0].account.projection_bytes
+    assert held == (64 * 16 + 32 * 8) * 8
+    assert f"tracked projections hold {held / 1e6:.3g} MB" in text
+    assert "out 32 → 8" in text
+    for run in report.energies.values():
+        assert f"{run[-1][1]:.2f}" in text
+    assert report.to_dict()["energies"]["0.weight"][0][0] == 1
+    assert report.plot_energies(tmp_path / "energies.png").stat().st_size > 1000
 
 
 def test_graph_breaks_are_shown_and_counted_once():
