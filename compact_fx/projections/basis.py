@@ -298,7 +298,8 @@ class TrackedBasis(Basis):
 
     def norm(self, factor: Tensor) -> Tensor:
         """‖factor Pᵀ‖ = ‖factor‖."""
-        return torch.linalg.vector_norm(factor)
+        norm: Tensor = torch.linalg.vector_norm(factor)
+        return norm
 
     def change_squares_to(self, other: Basis, squares: Tensor) -> Tensor:
         """What the second moment of a factor in this basis is in another one: V (R ∘ R), R = P₁ᵀP₂.

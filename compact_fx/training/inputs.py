@@ -108,10 +108,11 @@ class GraphInputs:
             self._last = {k: e for k, e in self._last.items() if e.is_alive()}
         bases: list[Basis] = []
         sources: list[Tensor] = []
+        basis: Basis
         for number, (group, own) in enumerate(zip(groups, owners, strict=True)):
             projection = self._plan.projections[number].with_salt(group.root().salt)
             if number in followed:
-                basis: Basis = followed[number].basis(projection, self._seed)
+                basis = followed[number].basis(projection, self._seed)
                 sources.append(followed[number].leaf(projection.dtype, device))
             else:
                 basis = self._drawn(projection, group.root())
