@@ -108,15 +108,14 @@ class GraphInputs:
             self._last = {k: e for k, e in self._last.items() if e.is_alive()}
         bases: list[Basis] = []
         sources: list[Tensor] = []
-        basis: Basis
         for number, (group, own) in enumerate(zip(groups, owners, strict=True)):
             projection = self._plan.projections[number].with_salt(group.root().salt)
             if number in followed:
-                basis = followed[number].basis(projection, self._seed)
+                own_basis: Basis = followed[number].basis(projection, self._seed)
                 sources.append(followed[number].leaf(projection.dtype, device))
             else:
-                basis = self._drawn(projection, group.root())
-            bases.append(self._shared(basis, own))
+                own_basis = self._drawn(projection, group.root())
+            bases.append(self._shared(own_basis, own))
             if number not in followed:
                 sources.append(bases[-1].source(device))
         factor_bases = [bases[role.projection].along(role.dim) for role in self._factors]
