@@ -395,6 +395,34 @@ def test_stepping_in_backward_is_the_same_run():
         assert torch.equal(one, other)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_on_cuda_it_is_the_run_of_the_cpu(mode):
+    """Inductor's kernels and CUDA graphs; projections are orthonormal in float32."""
+    runs = []
+    for device in ("cpu", "cuda"):
+        model = make().to(device)
+        inner = {"inner": "inductor", "mode": mode} if device == "cuda" else {}
+        step = compiled(model, update_interval=2, **inner)
+        optimizer = CompactAdamW(model.parameters(), lr=1e-3, fused=True)
+        losses = []
+        for i in range(7):
+            torch.compiler.cudagraph_mark_step_begin()
+            loss = loss_of(step, data(i).to(device))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        p = followed_of(model.up.weight).version.matrix.double()
+        assert (p.T @ p - torch.eye(RANK).to(p)).abs().max() < 1e-5
+        assert generations(model) == [3, 3]
+        runs.append((losses, p.cpu()))
+    (cpu, p), (cuda, q) = runs
+    torch.testing.assert_close(torch.tensor(cuda), torch.tensor(cpu), rtol=1e-3, atol=1e-4)
+    # Columns of equal size may change places, spaces may not.
+    assert (p.T @ q).norm() > 0.99 * p.norm()
+
+
 # --- saved, loaded, copied ------------------------------------------------------------------------
 
 
