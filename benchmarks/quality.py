@@ -234,6 +234,9 @@ def train(settings: Run, text: list[Tensor], device: torch.device) -> Run:
         row["tokens_per_s"] = tokens.numel() / seconds * (step - chunk)
         row["compile_s"] = first - chunk * row["step_ms"] / 1e3
     row["peak_gb"] = peak / 1e9 or None
+    if settings["method"] == "compact":
+        energies = backend.report().energies
+        row["energies"] = {weight: held[-1][1] for weight, held in energies.items() if held}
     return row
 
 
