@@ -53,6 +53,11 @@ class Basis(ABC):
         """What makes F Pᵀ as large, entry for entry, as F: 1 where E[P Pᵀ] = I."""
         return 1.0
 
+    @property
+    def is_orthonormal(self) -> bool:
+        """Whether the columns of P are, so that F Pᵀ has the norm of F."""
+        return False
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Basis":
         return self
 
@@ -295,6 +300,10 @@ class TrackedBasis(Basis):
     def gain(self) -> float:
         """√(n / r): the columns of P are orthonormal."""
         return math.sqrt(self.projection.features / self.projection.rank)
+
+    @property
+    def is_orthonormal(self) -> bool:
+        return True
 
     def norm(self, factor: Tensor) -> Tensor:
         """‖factor Pᵀ‖ = ‖factor‖."""

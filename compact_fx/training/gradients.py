@@ -148,6 +148,11 @@ class SketchedGrad(_Wrapper):
         return contents.factor + contents.basis.compress(contents.rest)
 
     @property
+    def is_isometric(self) -> bool:
+        """Whether the factor is all of it, and has its norm."""
+        return self.factor is not None and self.basis.is_orthonormal
+
+    @property
     def is_written(self) -> bool:
         """Whether something has written dense values into it."""
         return self._contents.factor is None
@@ -180,6 +185,9 @@ class SketchedGrad(_Wrapper):
             dense: Tensor = torch.linalg.vector_norm(self.to_dense())
             return dense
         dtype = torch.float64 if self.dtype is torch.float64 else torch.float32
+        if self.basis.is_orthonormal:
+            norm: Tensor = torch.linalg.vector_norm(contents.factor, dtype=dtype)
+            return norm.to(self.dtype)
         factor = contents.factor.to(dtype)
         largest = factor.abs().amax()
         unit = torch.where(largest.isfinite() & (largest > 0), largest, 1.0)
@@ -385,17 +393,32 @@ def _clone(gradient: Any, **kwargs: Any) -> Any:
 
 
 def _foreach_norm(gradients: Any, ord: Any = 2, dtype: Any = None) -> Any:
+    """Of factors in orthonormal bases, which have the norms of what they stand for, in one call."""
+    plain = [
+        gradient._contents.factor
+        if ord == 2
+        and dtype is None
+        and isinstance(gradient, SketchedGrad)
+        and gradient.is_isometric
+        else gradient
+        for gradient in gradients
+    ]
+    if not any(isinstance(gradient, _Wrapper) for gradient in plain):
+        return aten._foreach_norm.Scalar(plain, ord)
     return [torch.linalg.vector_norm(gradient, ord, dtype=dtype) for gradient in gradients]
 
 
 def _foreach_scale(func: Any) -> Callable[..., Any]:
+    """A linear operator in place: on all parts of all gradients in one call."""
+
     def run(gradients: Any, numbers: Any) -> Any:
+        parts = [
+            gradient._contents.parts() if isinstance(gradient, SketchedGrad) else [gradient]
+            for gradient in gradients
+        ]
         if isinstance(numbers, list | tuple):
-            for gradient, number in zip(gradients, numbers, strict=True):
-                getattr(gradient, func)(number)
-        else:
-            for gradient in gradients:
-                getattr(gradient, func)(numbers)
+            numbers = [n for n, own in zip(numbers, parts, strict=True) for _ in own]
+        func([part for own in parts for part in own], numbers)
         torch.autograd.graph.increment_version(gradients)
 
     return run
@@ -430,11 +453,16 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.linalg_vector_norm.default: _norm,
     aten.norm.Scalar: lambda gradient, p=2: _norm(gradient, p),
     aten._foreach_norm.Scalar: _foreach_norm,
-    aten._foreach_mul_.Tensor: _foreach_scale("mul_"),
-    aten._foreach_mul_.Scalar: _foreach_scale("mul_"),
-    aten._foreach_mul_.ScalarList: _foreach_scale("mul_"),
-    aten._foreach_div_.Tensor: _foreach_scale("div_"),
-    aten._foreach_div_.Scalar: _foreach_scale("div_"),
+    **{
+        func: _foreach_scale(func)
+        for func in (
+            aten._foreach_mul_.Tensor,
+            aten._foreach_mul_.Scalar,
+            aten._foreach_mul_.ScalarList,
+            aten._foreach_div_.Tensor,
+            aten._foreach_div_.Scalar,
+        )
+    },
     aten._foreach_zero_.default: _foreach_zero,
     aten._amp_foreach_non_finite_check_and_unscale_.default: _unscale,
     **{

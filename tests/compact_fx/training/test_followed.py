@@ -116,6 +116,24 @@ def test_gradients_are_g_p_pt_on_both_sides():
     torch.testing.assert_close(down.grad.to_dense(), q @ q.T @ reference.down.weight.grad)
 
 
+@pytest.mark.parametrize("foreach", [None, False, True])
+def test_clipping_by_norm_is_that_of_the_dense_gradients(foreach):
+    model = make()
+    step = compiled(model, exclude=("down.weight",))  # one sketched gradient and one dense
+    loss_of(step, data(0)).backward()
+    dense = [torch.nn.Parameter(p.detach().clone()) for p in model.parameters()]
+    for parameter, p in zip(dense, model.parameters(), strict=True):
+        parameter.grad = p.grad.to_dense().clone()
+    norms = [
+        torch.nn.utils.clip_grad_norm_(parameters, 1e-2, foreach=foreach)
+        for parameters in (list(model.parameters()), dense)
+    ]
+    torch.testing.assert_close(*norms)
+    assert isinstance(model.up.weight.grad, SketchedGrad)
+    for p, parameter in zip(model.parameters(), dense, strict=True):
+        torch.testing.assert_close(p.grad.to_dense(), parameter.grad)
+
+
 @pytest.mark.parametrize("gradients", ["dense", "sketched"])
 def test_at_full_rank_gradients_are_exact_after_changes_too(gradients):
     model, reference = make().double(), make().double()
