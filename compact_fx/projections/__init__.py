@@ -1,6 +1,6 @@
 """Projections: P as a function of a key, and what factors are expressed in."""
 
-from compact_fx.projections.basis import Basis, DrawnBasis, TrackedBasis, Version
+from compact_fx.projections.basis import Basis, DrawnBasis, TrackedBasis, Version, drawn
 from compact_fx.projections.drawn import (
     DRAWN,
     KINDS,
@@ -26,6 +26,7 @@ __all__ = [
     "Version",
     "begin",
     "draw",
+    "drawn",
     "finite_of",
     "fold_in",
     "follow",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compact_fx import _torch
 from compact_fx.projections import countsketch
-from compact_fx.projections.drawn import RANDOM_PROJECTION, Projection, draw, source
+from compact_fx.projections.drawn import RANDOM_PROJECTION, Kind, Projection, draw, source
 from compact_fx.projections.hashed import fold_in
 
 
@@ -180,13 +180,8 @@ class DrawnBasis(Basis):
 
     def matrix(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """P (features, rank), rounded as the compiled graph rounds it, then in this dtype."""
-        p, given = self.projection, self.source(device)
-        if device.type != "cuda":
-            drawn = RANDOM_PROJECTION(given, p.features, p.rank, p.kind, p.dtype)
-        else:
-            drawn = _compiled_draw(device, p.features, p.rank, p.kind, p.dtype)(given)
-        result: Tensor = drawn.to(dtype)
-        return result
+        p = self.projection
+        return drawn(self.source(device), p.features, p.rank, p.kind, p.dtype).to(dtype)
 
     # --- the products of a countsketch are gathers -----------------------------------------------
 
@@ -241,6 +236,14 @@ class DrawnBasis(Basis):
             return super().change_to(other, factor)
         wide = factor.to(torch.promote_types(factor.dtype, torch.float32))
         return other.compress(self.expand(wide))
+
+
+def drawn(given: Tensor, n: int, rank: int, kind: Kind, dtype: torch.dtype) -> Tensor:
+    """P (n, rank) of a key or table, where that is; on a GPU one kernel."""
+    if given.device.type != "cuda":
+        result: Tensor = RANDOM_PROJECTION(given, n, rank, kind, dtype)
+        return result
+    return _compiled_draw(given.device, n, rank, kind, dtype)(given)
 
 
 def _drawn_basis(projection: Projection, seed: int, generation: int, dim: int) -> DrawnBasis:

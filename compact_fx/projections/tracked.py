@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from compact_fx.projections.hashed import gaussian, orthogonal
+from compact_fx.projections.hashed import orthogonal
 
 _MOST_ELEMENTS = 2**25  # that are made orthonormal at once: a quarter of a GB in float64
 
@@ -30,7 +30,7 @@ def finite_of(gradient: Tensor) -> Tensor:
 
 
 def follow(
-    p: Tensor, gradient: Tensor, keys: list[int], columns: int
+    p: Tensor, gradient: Tensor, explored: Tensor, columns: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The next P of each of a batch: what is largest in the gradient, and random directions.
 
@@ -41,22 +41,19 @@ def follow(
     Args:
         p: (batch, n, rank), orthonormal columns.
         gradient: Y (batch, n, rank), the sum of Gᵀ G P up to a positive factor.
-        keys: 63-bit numbers, one for each, that the random directions are drawn from.
+        explored: (batch, n, rank - columns), Gaussian.
         columns: how many follow.
 
     Returns:
         P in the dtype of `p`; which of them stay as they are because Y is zero or not finite
         (batch,); and how much of the gradient's energy ‖G‖² the old P held (batch,), see `energy`.
     """
-    parts = max(1, _MOST_ELEMENTS // p[0].numel())
-    if len(p) > parts:
-        halves = [
-            follow(p[i : i + parts], gradient[i : i + parts], keys[i : i + parts], columns)
-            for i in range(0, len(p), parts)
-        ]
-        new, kept, held = (torch.cat(part) for part in zip(*halves, strict=True))
+    size = max(1, _MOST_ELEMENTS // p[0].numel())
+    if len(p) > size:
+        batches = zip(*(t.split(size) for t in (p, gradient, explored)), strict=True)
+        parts = [follow(*batch, columns) for batch in batches]
+        new, kept, held = (torch.cat(part) for part in zip(*parts, strict=True))
         return new, kept, held
-    _, n, rank = p.shape
     total = gradient.abs().sum((1, 2))
     kept = ~(total.isfinite() & (total > 0))
     y = torch.where(kept[:, None, None], p, gradient).to(torch.float64)
@@ -64,11 +61,8 @@ def follow(
     order = sizes.sort(dim=1, descending=True, stable=True).indices[:, None, :columns]
     smallest = torch.finfo(torch.float64).tiny
     largest = y.take_along_dim(order, 2) / sizes[:, None].take_along_dim(order, 2).clamp(smallest)
-    if columns < rank:
-        sources = [torch.tensor(key, dtype=torch.int64, device=p.device) for key in keys]
-        explored = torch.stack([gaussian(key, n, rank - columns) for key in sources])
-        explored *= math.sqrt((rank - columns) / n)  # columns of length 1, about
-        largest = torch.cat([largest, explored.to(torch.float64)], 2)
+    lengths = torch.linalg.vector_norm(explored, dim=1, keepdim=True)
+    largest = torch.cat([largest, (explored / lengths).to(torch.float64)], 2)
     new = orthonormal(largest).to(p.dtype)
     return torch.where(kept[:, None, None], p, new), kept, energy(p, gradient, columns)
 
@@ -79,10 +73,12 @@ def orthonormal(matrices: Tensor) -> Tensor:
     Cholesky-QR, twice: a few batched products where Householder reflections take one launch for
     each column. In float64, where it stands condition numbers of 10⁷; beyond, it is Householder's.
     """
-    result, identity = matrices, torch.eye(matrices.shape[2]).to(matrices)
+    result = matrices
+    identity = torch.eye(matrices.shape[2]).to(matrices).expand(len(matrices), -1, -1)
     for _ in range(2):
         lower, _ = torch.linalg.cholesky_ex(result.mT @ result)
-        result = torch.linalg.solve_triangular(lower.mT, result, upper=True, left=False)
+        # The inverse of a small matrix and a product take less than a solution of many columns.
+        result = result @ torch.linalg.solve_triangular(lower, identity, upper=False).mT
     error = (result.mT @ result - identity).abs().amax((1, 2))
     failed = ~(error < 1e-10)
     if failed.any():

@@ -9,7 +9,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from compact_fx.projections import Projection, TrackedBasis, Version, fold_in, follow
+from compact_fx.projections import (
+    Projection,
+    TrackedBasis,
+    Version,
+    drawn,
+    fold_in,
+    follow,
+)
 from compact_fx.training.watch import Energies
 
 
@@ -142,7 +149,7 @@ def change_those_due() -> None:
             new, kept, held = follow(
                 torch.stack([m.version.matrix for m in seen]),
                 torch.stack([m.gradient for m in seen if m.gradient is not None]),
-                [fold_in(m.seed, m.projection.salt, m.version.generation + 1) for m in seen],
+                torch.stack([_explored(m) for m in seen]),
                 seen[0].columns,
             )
         matrices = new.unbind()
@@ -150,3 +157,14 @@ def change_those_due() -> None:
             seen, matrices, kept.tolist(), held.tolist(), strict=True
         ):
             member.change(None if stays else matrix.clone(), math.nan if stays else energy)
+
+
+def _explored(followed: Followed) -> Tensor:
+    """Random directions for its next version, (features, columns that do not follow)."""
+    p, version = followed.projection, followed.version
+    key = fold_in(followed.seed, p.salt, version.generation + 1)
+    source = torch.full((), key, dtype=torch.int64, device=version.matrix.device)
+    columns = p.rank - followed.columns
+    if not columns:
+        return version.matrix.new_empty(p.features, 0, dtype=torch.float32)
+    return drawn(source, p.features, columns, "gaussian", torch.float32)

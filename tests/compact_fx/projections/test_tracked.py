@@ -29,6 +29,13 @@ def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def next_of(p, y, keys, columns):
+    """`follow`, with directions that a key stands for."""
+    n, rank = p.shape[1:]
+    explored = torch.stack([normal(n, rank - columns, seed=1000 + key) for key in keys])
+    return follow(p, y, explored, columns)
+
+
 def off_orthonormal(p):
     p = p.double()
     return (p.mT @ p - torch.eye(p.shape[-1])).abs().max().item()
@@ -60,7 +67,7 @@ def test_it_is_orthonormal_whatever_it_has_seen(n, share, follows, decay, size, 
     spectrum = 10 ** -torch.linspace(0, decay, n)
     rows = torch.linalg.qr(normal(batch, n, n, seed=n))[0] * spectrum
     y = size * (rows @ (rows.mT @ p))
-    new, kept, held = follow(p, y, list(range(batch)), columns)
+    new, kept, held = next_of(p, y, list(range(batch)), columns)
     assert off_orthonormal(new) < 1e-5
     assert new.dtype == p.dtype
     assert not kept.any()
@@ -70,14 +77,14 @@ def test_it_is_orthonormal_whatever_it_has_seen(n, share, follows, decay, size, 
 def test_the_largest_columns_come_first_and_what_explores_is_random():
     p = start()
     y = normal(48, 12) * torch.tensor([1.0, 9, 2, 8, 1, 1, 7, 1, 1, 1, 1, 1])
-    (new,), _, _ = follow(p[None], y[None], [1], 3)
+    (new,), _, _ = next_of(p[None], y[None], [1], 3)
     chosen = torch.linalg.qr(y[:, [1, 3, 6]])[0]
     # The first k span what the k largest do.
     for k in (1, 2, 3):
         inside = torch.linalg.qr(y[:, [1, 3, 6][:k]])[0]
         torch.testing.assert_close(inside @ (inside.T @ new[:, :k]), new[:, :k])
     assert (chosen.T @ new[:, 3:]).abs().max() < 1e-5
-    (other,), _, _ = follow(p[None], y[None], [2], 3)
+    (other,), _, _ = next_of(p[None], y[None], [2], 3)
     torch.testing.assert_close(other[:, :3], new[:, :3])
     assert (other[:, 3:] - new[:, 3:]).abs().max() > 0.1
 
@@ -87,7 +94,7 @@ def test_it_stays_where_it_has_seen_nothing(value):
     p = torch.stack([start(key=1), start(key=2)])
     y = normal(2, 48, 12)
     y[0] = value
-    new, kept, _ = follow(p, y, [1, 2], 3)
+    new, kept, _ = next_of(p, y, [1, 2], 3)
     assert kept.tolist() == [True, False]
     assert torch.equal(new[0], p[0])
     assert off_orthonormal(new[1]) < 1e-5
@@ -97,7 +104,7 @@ def test_it_stays_where_it_has_seen_nothing(value):
 def test_a_gradient_of_low_rank_is_no_obstacle(columns):
     p = start()
     y = normal(48, 2) @ normal(2, 12, seed=1)
-    (new,), kept, _ = follow(p[None], y[None], [1], columns)
+    (new,), kept, _ = next_of(p[None], y[None], [1], columns)
     assert not kept.any()
     assert off_orthonormal(new) < 1e-5
 
@@ -105,10 +112,10 @@ def test_a_gradient_of_low_rank_is_no_obstacle(columns):
 def test_a_batch_is_what_its_members_are_alone(monkeypatch):
     p = torch.stack([start(key=i) for i in range(5)])
     y = normal(5, 48, 12)
-    whole = follow(p, y, list(range(5)), 3)
-    alone = [follow(p[i : i + 1], y[i : i + 1], [i], 3) for i in range(5)]
+    whole = next_of(p, y, list(range(5)), 3)
+    alone = [next_of(p[i : i + 1], y[i : i + 1], [i], 3) for i in range(5)]
     monkeypatch.setattr("compact_fx.projections.tracked._MOST_ELEMENTS", 2 * 48 * 12)
-    parts = follow(p, y, list(range(5)), 3)
+    parts = next_of(p, y, list(range(5)), 3)
     for i, values in enumerate(whole):
         assert torch.equal(values, torch.cat([one[i] for one in alone]))
         assert torch.equal(values, parts[i])
@@ -136,7 +143,7 @@ def test_energy_is_estimated_from_what_explores():
     truth, estimates = [], []
     seen = g.T @ (g @ start(n, rank))
     for key in range(200):
-        (p,), _, _ = follow(start(n, rank, key=key)[None], seen[None], [key], columns)
+        (p,), _, _ = next_of(start(n, rank, key=key)[None], seen[None], [key], columns)
         y = g.T @ (g @ p)
         truth.append(((g @ p).square().sum() / g.square().sum()).item())
         estimates.append(energy(p[None], 7 * y[None], columns).item())
