@@ -42,6 +42,13 @@ class CompactBackend:
         self._watch = Watch()
         self._names: set[str] = set()
         self._earlier_breaks = _torch.graph_breaks()
+        if config.projection == "tracked" and config.gradients == "dense":
+            warnings.warn(
+                "projection='tracked' with gradients='dense': the moments of an optimizer do not "
+                "follow the projection, which trains badly; use gradients='sketched' with "
+                "CompactAdamW or compact_optimizer",
+                stacklevel=3,
+            )
 
     def report(self) -> CompactionReport:
         """What was sketched, where, why not, bytes and FLOPs before and after; `print` it."""

@@ -117,7 +117,7 @@ def make_parser() -> Parser:
     add("--backend", nargs="+", choices=BACKENDS, default=BACKENDS, help="which to compare")
     add("--rank", type=rank, default=0.25, help="of the sketches: a fraction, or an int")
     add("--projection", default=CompactConfig.projection, choices=KINDS, help="of the sketches")
-    add("--update-interval", type=int, default=200, help="steps after which projections change")
+    add("--update-interval", type=int, help="steps after which projections change (by their kind)")
     add("--steps", type=at_least(UNTIMED_STEPS + 1), default=300, help="optimizer steps")
     add("--batch", type=at_least(1), default=8, help="sequences in a batch")
     add("--seq", type=at_least(2), default=128, help="bytes in a sequence")

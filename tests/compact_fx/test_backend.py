@@ -302,3 +302,11 @@ def test_another_part_of_a_gradient_is_in_the_report():
     sketched, exact = compact.plans[0].sites
     assert (sketched.rank, sketched.reason) == (16, "")
     assert exact.reason.startswith("another part: its gradient is no matmul")
+
+
+def test_tracked_projections_want_sketched_gradients():
+    with pytest.warns(UserWarning, match="gradients='sketched' with CompactAdamW"):
+        compact_backend(projection="tracked")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compact_backend(projection="tracked", gradients="sketched")
