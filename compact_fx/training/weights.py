@@ -205,9 +205,8 @@ _had_gradients: MutableMapping[Optimizer, list[WeightRecord]] = weakref.WeakKeyD
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if any(map(callable, (*args[1:], *kwargs.values()))):  # a closure makes other gradients
-        return
-    weights = (w for group in optimizer.param_groups for w in group["params"])
+    has_closure = any(map(callable, (*args[1:], *kwargs.values())))  # it makes other gradients
+    weights = (w for group in optimizer.param_groups for w in group["params"] if not has_closure)
     known = (_records.get(weight) for weight in weights if weight.grad is not None)
     _had_gradients[optimizer] = [record for record in known if record is not None]
 
