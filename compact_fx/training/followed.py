@@ -81,8 +81,12 @@ class Followed:
         """Whether P changes before its next use: after the first step, then every interval."""
         if self.interval is None:
             return False
-        since = self.steps() - self.changed_at
-        return since >= (1 if self.version.generation == 0 else self.interval)
+        return self.since >= (1 if self.version.generation == 0 else self.interval)
+
+    @property
+    def since(self) -> int:
+        """Steps since P has changed; 0 where the weights that had more are not here."""
+        return max(0, self.steps() - self.changed_at)
 
     def change(self, matrix: Tensor | None, energy: float) -> None:
         """P is another from now on, or stays for want of a gradient (None)."""
@@ -140,6 +144,8 @@ def change_those_due() -> None:
         for member in members:
             if member.gradient is None and member.version.generation:
                 member.change(None, math.nan)
+            elif member.gradient is None:  # it changes after the first step with one
+                member.changed_at = member.steps()
         if not seen:
             continue
         with (

@@ -118,7 +118,7 @@ def names_of_followed(followed: Followed) -> dict[str, Tensor]:
         "now": version.matrix,
         "now_generation": torch.tensor(version.generation, dtype=torch.int64),
         "gradient": gradient,
-        "since": torch.tensor(followed.steps() - followed.changed_at, dtype=torch.int64),
+        "since": torch.tensor(followed.since, dtype=torch.int64),
     }
     return {_PREFIX + name: value for name, value in names.items()}
 

@@ -391,11 +391,17 @@ class CompactOptimizer(torch.optim.Optimizer):
         self, steps: dict[Tensor, int], now: Mapping[Tensor, tuple[Version, Tensor, int]]
     ) -> None:
         """Weights go on where these steps and the bases of their states say."""
-        for weight, basis in self._bases.items():
-            record_of(weight).restore_salt(basis.projection.salt)
+        groups = {
+            weight: record_of(weight).restore_salt(basis.projection.salt)
+            for weight, basis in self._bases.items()
+        }
         restore_steps(steps)
+        most: dict[Version, int] = {}  # weights that share a projection may meet later
+        for weight, (version, _, _) in now.items():
+            most[version] = max(most.get(version, 0), groups[weight].root().steps)
         for weight, (version, gradient, since) in now.items():
-            record_of(weight).restore_followed(self._bases[weight], version, gradient, since)
+            changed_at = max(0, most[version] - since)
+            record_of(weight).restore_followed(self._bases[weight], version, gradient, changed_at)
 
     def _copy_moments(self, weight: Tensor, saved: Mapping[str, Any]) -> None:
         """Tensors of its own, on the weight's device, rounded once."""
@@ -410,7 +416,7 @@ class CompactOptimizer(torch.optim.Optimizer):
         records = {weight: known_record(weight) for _, weight in self._numbered()}
         steps = {w: record.steps for w, record in records.items() if record is not None}
         now = {
-            weight: (followed.version, followed.gradient, followed.steps() - followed.changed_at)
+            weight: (followed.version, followed.gradient, followed.since)
             for weight, basis in self._bases.items()
             if (followed := record_of(weight).followed(basis)) is not None
         }

@@ -142,12 +142,12 @@ class WeightRecord:
         return self.group.root().followed.get(shape)
 
     def restore_followed(
-        self, basis: Basis, version: Version, gradient: Tensor | None, since: int
+        self, basis: Basis, version: Version, gradient: Tensor | None, changed_at: int
     ) -> None:
         """A tracked projection goes on where a saved run has left it."""
         assert self.group is not None
         group, projection = self.group.root(), basis.projection
-        changed_at = max(0, self.steps - since)
+        gradient = None if gradient is None else gradient.clone()  # others have the same
         group.followed[projection.features, projection.rank] = Followed(
             projection, basis.seed, group.steps_so_far, version, gradient, changed_at
         )
@@ -205,7 +205,8 @@ _had_gradients: MutableMapping[Optimizer, list[WeightRecord]] = weakref.WeakKeyD
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    weights = (w for group in optimizer.param_groups for w in group["params"])
+    has_closure = any(map(callable, (*args[1:], *kwargs.values())))  # it makes other gradients
+    weights = (w for group in optimizer.param_groups for w in group["params"] if not has_closure)
     known = (_records.get(weight) for weight in weights if weight.grad is not None)
     _had_gradients[optimizer] = [record for record in known if record is not None]
 
@@ -288,3 +289,6 @@ def restore_steps(steps: dict[Tensor, int]) -> None:
         record = record_of(weight)
         record.steps = number
         record.in_graph = record.in_dense_graph = False
+    for group in (record_of(weight).group for weight in steps):
+        for followed in () if group is None else group.root().followed.values():
+            followed.changed_at = min(followed.changed_at, followed.steps())

@@ -6,6 +6,8 @@ gradients beside them, moments, steps, and who shares a projection with whom are
 the package for P itself, the plan of the graph that ran for the weights that meet there, and, where
 one backward pass brings several projections, for the one that autograd delivered first.
 
+When a tracked projection has to change, and its Y, are kept here too; the new P is read and judged.
+
 `python tests/compact_fx/test_random_runs.py --operations 20000` runs as many as you like.
 """
 
@@ -36,10 +38,14 @@ from compact_fx import (
     count_step,
     set_steps,
 )
+from compact_fx.projections import Version
+from compact_fx.training.weights import known_record
 
 SEQUENCES = 25  # of one model and backend: compiling takes longer than running them
 OPERATIONS = 60  # in a sequence
-KINDS = ("countsketch", "gaussian", "rademacher", "sparse", "orthogonal")
+DRAWN = ("countsketch", "gaussian", "rademacher", "sparse", "orthogonal")
+# A prime number of them, so that each meets every model.
+KINDS = (*(kind for drawn in DRAWN for kind in (drawn, "tracked")), "tracked")
 
 
 # --- models --------------------------------------------------------------------------------------
@@ -102,11 +108,6 @@ def freeze(model, layers):
         weight.requires_grad_(layer_of(name) not in layers)
 
 
-def factors_first(name, tensor):
-    """The weight, or what has its shape, with in_features last."""
-    return tensor.T if name == "matrix" else tensor
-
-
 # --- settings ------------------------------------------------------------------------------------
 
 
@@ -115,6 +116,7 @@ class Settings:
 
     def __init__(self, block: int) -> None:
         choose = random.Random(f"block {block}")
+        tracked = KINDS[block % len(KINDS)] == "tracked"
         self.model_class = MODELS[block % len(MODELS)]
         self.dtype = torch.float32 if block % 7 == 6 else torch.float64
         self.sketched = block % 3 != 2
@@ -126,8 +128,11 @@ class Settings:
             "update_interval": self.interval,
             "seed": choose.randrange(100),
             "exclude": choose.choice([(), ("last.weight", "down.weight")]),
-            "place": choose.choice(["auto", "early", "late"]),
+            # With so few tokens P and Y take more memory than there is to save.
+            "place": choose.choice(["early", "late"] if tracked else ["auto", "early", "late"]),
             "recompute": choose.random() < 0.5,
+            "track_every": choose.choice([1, 1, 3]),
+            "follow": choose.choice([0.25, 0.5, 1.0]),
         }
         self.backend = compact_backend(**self.config, inner="aot_eager", strict=True)
         self.plan = None  # of the graph that ran last
@@ -158,9 +163,13 @@ class Settings:
         return self.model_class().to(self.dtype)
 
     @functools.cache  # noqa: B019 - as long as the settings
-    def matrix(self, basis):
-        projection, generation = basis
+    def drawn(self, projection, generation):
         return projection(self.config["seed"], generation)
+
+    def matrix(self, basis):
+        if isinstance(basis.version, Version):
+            return basis.version.matrix
+        return self.drawn(basis.projection, basis.version)
 
 
 @dataclass
@@ -220,7 +229,62 @@ def without(mapping, name):
 
 # --- the reference -------------------------------------------------------------------------------
 
-Basis = tuple[Projection, int]  # and how often it has changed
+
+@dataclass(frozen=True)
+class Basis:
+    """P; version: of a tracked one the package's, of others how often it has changed."""
+
+    projection: Projection
+    version: int | Version
+    dim: int  # of the weight's, that P is applied to
+
+    def rows(self, tensor):
+        """The weight, or what has its shape, with P's features last; and back."""
+        return tensor if self.dim == 1 else tensor.T
+
+
+@dataclass
+class Followed:
+    """A tracked projection.
+
+    Attributes:
+        seen: Y, None where nothing has arrived since it changed.
+        is_exact: whether that can be told from the gradients.
+        is_used: by a graph; before, nobody knows when it is to change.
+    """
+
+    version: Version
+    seen: Tensor | None = None
+    is_exact: bool = True
+    changed_at: int = 0
+    is_used: bool = False
+
+    def see(self, rows, is_exact):
+        """Y = Gᵀ F / ‖F‖, for G with the features last; an overflow counts as 0."""
+        factor = rows @ self.version.matrix
+        y = (rows.T @ (factor / factor.norm())).double()
+        y = torch.where(y.isfinite(), y, 0.0)
+        self.seen = y if self.seen is None else self.seen + y
+        self.is_exact &= is_exact
+
+    def change(self, steps, interval, new):
+        """Before the next use; new: the version that the package has now. Whether it changes."""
+        since, old, seen = steps - self.changed_at, self.version, self.seen
+        is_due = self.is_used and since >= (interval if old.generation else 1)
+        if not is_due:
+            seen = None
+        else:
+            self.changed_at, self.seen, self.is_exact = steps, None, True
+        changes = seen is not None and bool(seen.any())
+        if (new is not old) != changes:
+            raise Difference(
+                f"tracked projection has changed: {new is not old}, expected {changes}, in "
+                f"generation {old.generation} with {steps} steps, {since} since it changed"
+            )
+        if changes and new.generation != old.generation + 1:
+            raise Difference(f"generation {new.generation} after {old.generation}")
+        self.version = new
+        return changes
 
 
 @dataclass
@@ -279,10 +343,11 @@ class Gradient:
 
 @dataclass
 class Shared:
-    """One projection, and the weights that have it in common."""
+    """One projection, and the weights that have it in common; tracked ones by their shape."""
 
     salt: int
     members: set[str]
+    followed: dict[tuple[int, int], Followed] = field(default_factory=dict)
 
 
 @dataclass
@@ -308,20 +373,28 @@ class Records:
         for name in names:
             members = self.shared[name].members if name in self.shared else {name}
             group.members |= members
+            if name in self.shared:
+                group.followed = self.shared[name].followed | group.followed
             self.shared.update(dict.fromkeys(members, group))
         self.known.update(names)
         return len(salts) > 1
 
-    def generation(self, name, interval):
-        return max(self.steps[member] for member in self.shared[name].members) // interval
+    def shared_steps(self, name):
+        return max(self.steps[member] for member in self.shared[name].members)
+
+    def followed(self, name, projection):
+        return self.shared[name].followed.get((projection.features, projection.rank))
 
     def restore_salt(self, name, salt):
         self.shared.setdefault(name, Shared(salt, {name})).salt = salt
         self.known.add(name)
 
-    def set_steps(self, name, steps):
-        self.steps[name] = steps
-        self.known.add(name)
+    def set_steps(self, steps):
+        self.steps |= steps
+        self.known.update(steps)
+        for name in steps.keys() & self.shared.keys():
+            for followed in self.shared[name].followed.values():
+                followed.changed_at = min(followed.changed_at, self.shared_steps(name))
 
     def count(self, name):
         """A step that an optimizer made."""
@@ -352,6 +425,7 @@ class Reference:
         self.records = Records({name: 0 for name, _ in model.named_parameters()})
         self.gradients = {}  # of those that have one
         self.meetings = 0  # of weights that had different projections
+        self.changes = 0  # of tracked projections
         self.state = {}
         self.loss_scale, self.good_steps = 2.0**8, 0
 
@@ -372,37 +446,96 @@ class Reference:
     def trainable(self):
         return {name for name, weight in self.weights.items() if weight.requires_grad}
 
-    def run(self, plan):
-        """A graph runs: the basis of each of its sketched weights."""
+    def run(self, plan, model):
+        """A graph has run, of the package's model: the basis of each of its sketched weights."""
         names = {site.index: site.weight for site in plan.sites}
         owners = {i.projection: [names[o] for o in i.owners] for i in plan.projection_inputs}
         for number, own in owners.items():
             self.meetings += self.records.meet(own, plan.projections[number].salt)
-        bases = {}
+        shared = {number: self.records.shared[own[0]] for number, own in owners.items()}
+        for number, group in shared.items():
+            if plan.projections[number].is_tracked:
+                self.follow(group, plan.projections[number], dict(model.named_parameters()))
+        if owners:  # a graph without sketches looks after none
+            self.change_those_due(dict(model.named_parameters()))
+        bases, sides = {}, {site.weight: site.side for site in plan.sites if site.rank}
         for number, own in owners.items():
-            salt = self.records.shared[own[0]].salt
-            generation = self.records.generation(own[0], self.settings.interval)
-            bases |= dict.fromkeys(own, (plan.projections[number].with_salt(salt), generation))
+            projection = plan.projections[number].with_salt(shared[number].salt)
+            followed = self.records.followed(own[0], projection)
+            version = self.records.shared_steps(own[0]) // self.settings.interval
+            for name in own:
+                dim = int((sides[name] == "input") != (name == "matrix"))
+                bases[name] = Basis(projection, followed.version if followed else version, dim)
         self.records.latest |= bases
         return bases
+
+    def follow(self, group, projection, weights):
+        """A tracked projection of this shape is used; it begins at random."""
+        shape, drawn = (projection.features, projection.rank), projection.with_salt(group.salt)
+        if shape not in group.followed:
+            version = followed_by(weights[min(group.members)], shape).version
+            # Nothing has arrived: it cannot have changed yet.
+            if version.generation or not version.matrix.equal(self.settings.drawn(drawn, 0)):
+                raise Difference(f"a tracked projection begins in generation {version.generation}")
+            group.followed[shape] = Followed(version)
+        group.followed[shape].is_used = True
+
+    def change_those_due(self, weights):
+        """All tracked projections, whichever graph runs."""
+        for group in {id(group): group for group in self.records.shared.values()}.values():
+            steps = self.records.shared_steps(min(group.members))
+            for shape, followed in group.followed.items():
+                new = followed_by(weights[min(group.members)], shape).version
+                seen, is_exact = followed.seen, followed.is_exact
+                if followed.change(steps, self.settings.interval, new):
+                    self.judge(new.matrix.double(), seen if is_exact else None)
+                    self.changes += 1
+
+    def judge(self, p, seen):
+        """Whether it is orthonormal, and its first columns span the largest of Y."""
+        error = (p.T @ p - torch.eye(p.shape[1])).abs().max()
+        if not error < 1e-5:
+            raise Difference(f"columns of a tracked projection are orthonormal up to {error:.3g}")
+        if seen is None:
+            return
+        columns = round(self.settings.config["follow"] * p.shape[1])
+        sizes, order = seen.norm(dim=0).sort(descending=True)
+        if columns < len(sizes) and sizes[columns] > 0.999 * sizes[columns - 1]:
+            return  # it is rounding that says which is larger
+        largest = seen[:, order[:columns]] / sizes[:columns]
+        inside = p[:, :columns] @ (p[:, :columns].T @ largest)
+        if not (largest - inside).norm() < 1e-3:
+            raise Difference(f"tracked projection is off Y by {(largest - inside).norm():.3g}")
+
+    def see(self, pending, exact):
+        """What tracked projections see of a backward pass; a changed one hears nothing of it."""
+        for name, (followed, basis) in pending.followed.items():
+            if followed.version is basis.version:
+                once = name != "twice.weight" and self.settings.config["track_every"] == 1
+                followed.see(basis.rows(exact[name]), once)
 
     def matrix(self, basis):
         return self.settings.matrix(basis)
 
-    def compress(self, name, dense, basis):
-        return factors_first(name, dense) @ self.matrix(basis)
+    def compress(self, dense, basis):
+        return basis.rows(dense) @ self.matrix(basis)
 
-    def expand(self, name, factor, basis):
-        return factors_first(name, factor @ self.matrix(basis).T)
+    def expand(self, factor, basis):
+        return basis.rows(factor @ self.matrix(basis).T)
 
-    def fit(self, name, dense, basis):
+    def fit(self, dense, basis):
         """The factor nearest to it."""
         inverse = torch.linalg.pinv(self.matrix(basis).double()).T
-        return (factors_first(name, dense).double() @ inverse).to(dense.dtype)
+        return (basis.rows(dense).double() @ inverse).to(dense.dtype)
 
     def exact(self, loss, names):
-        names = sorted(names & self.trainable())
+        """Also of those that were frozen since the forward pass."""
+        names, frozen = sorted(names), names - self.trainable()
+        for name in frozen:
+            self.weights[name].requires_grad_(True)
         exact = torch.autograd.grad(loss, [self.weights[name] for name in names])
+        for name in frozen:
+            self.weights[name].requires_grad_(False)
         return dict(zip(names, exact, strict=True))
 
     def add(self, name, exact, basis):
@@ -411,8 +544,8 @@ class Reference:
         if basis is None:
             gradient.add_dense(exact)
             return
-        factor = self.compress(name, exact, basis)
-        expanded = self.expand(name, factor, basis)
+        factor = self.compress(exact, basis)
+        expanded = self.expand(factor, basis)
         if self.settings.sketched:
             gradient.add_factor(basis, factor, expanded)
         else:
@@ -423,14 +556,20 @@ class Reference:
         gradient = self.gradients[name]
         if gradient.factor is None:
             return gradient.dense
-        expanded = self.expand(name, gradient.factor, gradient.basis)
+        expanded = self.expand(gradient.factor, gradient.basis)
         return expanded if gradient.dense is None else expanded + gradient.dense
+
+    def norm(self, name, kind, actual):
+        """That of the factor where the package takes it: P is orthonormal up to rounding."""
+        is_factor = kind == 2.0 and isinstance(actual, SketchedGrad) and actual.is_isometric
+        gradient = self.gradients[name]
+        return torch.linalg.vector_norm(gradient.factor if is_factor else self.dense(name), kind)
 
     def zero(self, name):
         gradient = self.gradients[name]
         zeros = None
         if gradient.basis is not None:
-            zeros = torch.zeros_like(self.compress(name, self.weights[name], gradient.basis))
+            zeros = torch.zeros_like(self.compress(self.weights[name], gradient.basis))
         gradient.zero(zeros)
 
     def way(self, name):
@@ -445,16 +584,16 @@ class Reference:
             basis = latest or state.get("basis")
             if basis is None:
                 return Way(gradient.dense)
-            factor = self.compress(name, gradient.dense, basis)
+            factor = self.compress(gradient.dense, basis)
             return Way(factor, basis, NO_SKETCH if state else "")
         if is_dense and gradient.dense is not None:
             return Way(self.dense(name))
         if is_dense:
             raise Refusal
         if gradient.is_written:
-            return Way(self.fit(name, gradient.dense, basis), basis, WRITTEN)
+            return Way(self.fit(gradient.dense, basis), basis, WRITTEN)
         if gradient.dense is not None:
-            factor = gradient.factor + self.compress(name, gradient.dense, basis)
+            factor = gradient.factor + self.compress(gradient.dense, basis)
             return Way(factor, basis, BESIDE)
         return Way(gradient.factor, basis)
 
@@ -494,18 +633,27 @@ class Reference:
             lr, p = group["lr"], self.matrix(way.basis)
             if state and state["basis"] != way.basis:
                 self.change_basis(state, p)
-            coupled = 0.0 if adam else decay * self.compress(name, weight, way.basis)
-            update = group["scale"] * self.update(state, sign * way.gradient + coupled, lr)
-            update = self.expand(name, update, way.basis)
+            coupled = 0.0 if adam else decay * self.compress(weight, way.basis)
+            scale = group["scale"]
+            if (
+                adam and way.basis.projection.is_tracked
+            ):  # its updates do not grow with the gradient
+                scale *= (p.shape[0] / p.shape[1]) ** 0.5
+            update = scale * self.update(state, sign * way.gradient + coupled, lr)
+            update = self.expand(update, way.basis)
             state["basis"] = way.basis
         weight.mul_(1 - lr * decay if adam else 1.0).add_(update)
 
     def change_basis(self, state, p):
-        if self.algorithm.refresh == "reset":
+        refresh, tracked = self.algorithm.refresh, state["basis"].projection.is_tracked
+        if refresh == "reset":
             state.clear()
-        elif self.algorithm.refresh == "project" and "first" in state:
-            old = self.settings.matrix(state["basis"])
-            state["first"] = state["first"] @ (old.T @ p)
+            return
+        change = self.settings.matrix(state["basis"]).T @ p
+        if "first" in state and (tracked or refresh == "project"):
+            state["first"] = state["first"] @ change
+        if "second" in state and tracked:
+            state["second"] = state["second"] @ change.square()
 
     def update(self, state, gradient, lr):
         """What Adam or SGD adds, and their moments."""
@@ -546,18 +694,55 @@ class Reference:
             return self.records.steps[name]
         return self.state.get(name, {}).get("t", 0)
 
-    def restore(self, saved, copied):
+    def restore(self, saved, copied, weights, bases):
         """What the weights get of a saved state of a compact optimizer, or of a copied one."""
-        for name in self.held:
-            if "basis" in saved.state.get(name, {}):
-                self.records.restore_salt(name, saved.state[name]["basis"][0].salt)
+        sketched = {
+            n: saved.state[n]["basis"] for n in self.held if "basis" in saved.state.get(n, {})
+        }
+        for name, basis in sketched.items():
+            self.records.restore_salt(name, basis.projection.salt)
+        restored = {}
         for name in self.held:
             steps = saved.saved_steps(name)
             if copied:
-                if name in saved.records.known:
-                    self.records.set_steps(name, steps)
-            elif name in self.records.known or (steps and self.weights[name].dim() > 1):
-                self.records.set_steps(name, steps)
+                is_restored = name in saved.records.known
+            else:
+                is_restored = name in self.records.known or (steps and self.weights[name].dim() > 1)
+            if is_restored:
+                restored[name] = steps
+        self.records.set_steps(restored)
+        tracked = {n: basis for n, basis in sketched.items() if basis.projection.is_tracked}
+        self.restore_followed(saved, tracked, copied, weights, bases)
+
+    def restore_followed(self, saved, sketched, copied, weights, bases):
+        """Tracked projections go on as saved; weights, bases: the package's, of its states."""
+        renewed = {}
+
+        def renew(old, new):
+            """A version is another object now, the same for all that have it."""
+            if (old.generation, renewed.setdefault(old, new)) != (new.generation, new):
+                raise Difference(f"version {old.generation} is {new.generation}, or two of them")
+            if not torch.equal(old.matrix, new.matrix):
+                raise Difference(f"a restored projection differs, generation {old.generation}")
+            return new
+
+        most = collections.Counter()  # steps that a weight with this projection has seen
+        for name, basis in sketched.items():
+            followed = saved.records.followed(name, basis.projection)
+            steps = self.records.shared_steps(name)
+            most[followed.version] = max(most[followed.version], steps)
+        for name, basis in sketched.items():
+            shape = (basis.projection.features, basis.projection.rank)
+            followed = copy.deepcopy(saved.records.followed(name, basis.projection))
+            since = max(0, saved.records.shared_steps(name) - followed.changed_at)
+            followed.changed_at = max(0, most[followed.version] - since)
+            followed.version = renew(followed.version, followed_by(weights[name], shape).version)
+            followed.is_used = False
+            if followed.seen is None and not copied:
+                followed.seen = torch.zeros_like(followed.version.matrix)
+            self.records.shared[name].followed[shape] = followed
+            version = renew(basis.version, bases[weights[name]].version)
+            self.state[name]["basis"] = dataclasses.replace(basis, version=version)
 
 
 GROWTH_INTERVAL = 3
@@ -587,6 +772,7 @@ class Pending:
     expected: Tensor
     names: set[str]
     bases: dict[str, Basis]
+    followed: dict[str, tuple[Followed, Basis]]  # of weights that have a tracked projection
 
 
 @dataclass
@@ -659,8 +845,8 @@ class Run:
             self.compare()
 
     def compare(self):
-        reference = self.reference.weights
-        for name, weight in self.model.named_parameters():
+        reference, weights = self.reference.weights, dict(self.model.named_parameters())
+        for name, weight in weights.items():
             self.close(f"weight {name}", weight.detach(), reference[name].detach())
             has = name in self.reference.gradients
             if has != (weight.grad is not None):
@@ -668,6 +854,20 @@ class Run:
             if not has:
                 continue
             self.compare_gradient(name, weight.grad)
+        for name, group in self.reference.records.shared.items():
+            for shape, followed in group.followed.items():
+                self.compare_followed(followed, followed_by(weights[name], shape))
+
+    def compare_followed(self, expected, actual):
+        self.counts["(tracked projections compared)"] += 1
+        if expected.version is not actual.version:
+            raise Difference("a tracked projection is of another version")
+        if (expected.seen is None) != (actual.gradient is None):
+            raise Difference(f"there is Y: {actual.gradient is not None}")
+        if expected.is_exact and expected.seen is not None:
+            error = (actual.gradient - expected.seen).norm()
+            if not error <= 1e-4 * expected.seen.norm() + 1e-12:
+                raise Difference(f"Y is off by {error:.3g} of {expected.seen.norm():.3g}")
 
     def compare_gradient(self, name, actual):
         expected = self.reference.gradients[name]
@@ -709,11 +909,16 @@ class Run:
         """A forward pass of both, and whether the losses agree."""
         x, target = self.batch()
         loss = F.mse_loss(self.step(x), target)
-        bases = self.reference.run(self.settings.plan)
+        bases = self.reference.run(self.settings.plan, self.model)
         expected = F.mse_loss(self.reference.model(x), target)
         self.close("loss", loss, expected)
         self.counts["(sketched)"] += len(bases)
-        return Pending(loss, expected, self.reference.trainable(), bases)
+        followed = {
+            name: (self.reference.records.followed(name, basis.projection), basis)
+            for name, basis in bases.items()
+            if basis.projection.is_tracked
+        }
+        return Pending(loss, expected, self.reference.trainable(), bases, followed)
 
     def forward(self):
         if len(self.pending) == 3:
@@ -744,8 +949,10 @@ class Run:
         arrived = collections.defaultdict(list)
         for pending in chosen:
             loss = pending.expected * (factor * scale)
-            for name, exact in self.reference.exact(loss, pending.names).items():
-                arrived[name].append((exact, pending.bases.get(name)))
+            exact = self.reference.exact(loss, pending.names)
+            self.reference.see(pending, exact)
+            for name in pending.names & self.reference.trainable():
+                arrived[name].append((exact[name], pending.bases.get(name)))
         for name, parts in arrived.items():
             first = basis_of(dict(self.model.named_parameters())[name].grad)
             self.counts["(several projections)"] += len({basis for _, basis in parts}) > 1
@@ -857,7 +1064,7 @@ class Run:
         names = [name for name in weights if self.chance(0.5)]
         count_step(weights[name] for name in names)
         for name in names:
-            self.reference.records.set_steps(name, self.reference.records.steps[name] + 1)
+            self.reference.records.set_steps({name: self.reference.records.steps[name] + 1})
 
     def stepped(self, ways):
         before = dict(self.reference.records.steps)
@@ -903,7 +1110,7 @@ class Run:
         x, target = self.batch()
         with expected_failure(Interruption):
             output = self.step(x)
-            self.reference.run(self.settings.plan)
+            self.reference.run(self.settings.plan, self.model)
             if self.chance(0.5):
                 raise Interruption
             output.register_hook(interrupt)
@@ -912,9 +1119,10 @@ class Run:
     def clip(self):
         if not self.reference.gradients:
             return False
-        gradients = [self.reference.dense(name) for name in self.reference.gradients]
         kind = float("inf") if self.chance(0.2) else 2.0
-        norm = torch.stack([torch.linalg.vector_norm(g, kind) for g in gradients]).norm(kind)
+        actual = {name: weight.grad for name, weight in self.model.named_parameters()}
+        norms = [self.reference.norm(n, kind, actual[n]) for n in self.reference.gradients]
+        norm = torch.stack(norms).norm(kind)
         limit = norm.item() * self.random.uniform(0.3, 1.3) + 1e-9
         foreach = self.random.choice([None, True, False])
         actual = nn.utils.clip_grad_norm_(self.model.parameters(), limit, kind, foreach=foreach)
@@ -1010,8 +1218,7 @@ class Run:
         names = names if self.chance(0.5) else [self.random.choice(names)]
         steps = self.random.randrange(10)
         set_steps([dict(self.model.named_parameters())[name] for name in names], steps)
-        for name in names:
-            self.reference.records.set_steps(name, steps)
+        self.reference.records.set_steps(dict.fromkeys(names, steps))
 
     def save(self):
         parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
@@ -1046,21 +1253,22 @@ class Run:
         reference.gradients = gradients
         saved, reference.records = copy.deepcopy(reference), self.reference.records
         self.reference, self.rest = reference, list(checkpoint.rest)
-        self.carry(saved, model, fresh=fresh)
+        self.carry(saved, model, optimizer, fresh=fresh)
         self.take(model, optimizer)
         return None
 
-    def carry(self, saved, model, fresh=True, copied=False):
+    def carry(self, saved, model, optimizer, fresh=True, copied=False):
         """Plain optimizers know nothing of steps, the package's of those of their own weights."""
         if fresh:
             self.reference.records = Records(dict.fromkeys(saved.records.steps, 0))
         if self.algorithm.compact:
-            self.reference.restore(saved, copied)
+            weights = dict(model.named_parameters())
+            self.reference.restore(saved, copied, weights, optimizer._bases)
             return
         for name, weight in model.named_parameters():
             steps = saved.records.steps[name]
             set_steps([weight], steps)
-            self.reference.records.set_steps(name, steps)
+            self.reference.records.set_steps({name: steps})
 
     def deepcopy(self):
         """Go on with the copy, or with what was copied."""
@@ -1071,7 +1279,7 @@ class Run:
         if self.chance(0.5):
             return
         self.log[-1] += " taken"
-        self.carry(copy.deepcopy(self.reference), model, copied=True)
+        self.carry(copy.deepcopy(self.reference), model, optimizer, copied=True)
         self.reference.gradients = {}
         self.take(model, optimizer)
 
@@ -1118,16 +1326,24 @@ def expected_failure(kind):
 
 def basis_of(gradient):
     """As the reference names it."""
-    if isinstance(gradient, SketchedGrad):
-        return gradient.basis.projection, gradient.basis.generation
-    return None
+    if not isinstance(gradient, SketchedGrad):
+        return None
+    basis = gradient.basis
+    version = basis.version if basis.projection.is_tracked else basis.generation
+    return Basis(basis.projection, version, basis.dim)
+
+
+def followed_by(weight, shape):
+    """The package's tracked projection of the weight."""
+    return known_record(weight).group.root().followed[shape]
 
 
 def canonical(basis):
     """The same in every dtype where that makes no difference: a countsketch is ±1 and 0."""
-    if basis is None or basis[0].kind != "countsketch":
+    if basis is None or basis.projection.kind != "countsketch":
         return basis
-    return dataclasses.replace(basis[0], dtype=torch.float32), basis[1]
+    projection = dataclasses.replace(basis.projection, dtype=torch.float32)
+    return dataclasses.replace(basis, projection=projection)
 
 
 def interrupt(_):
@@ -1158,6 +1374,7 @@ def run_sequence(settings, seed, counts):
     finally:
         counts.update(run.counts)
         counts["(meetings)"] += run.reference.meetings
+        counts["(tracked projections changed)"] += run.reference.changes
     return None
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from compact_fx import CompactAdamW, compact_backend, compact_optimizer, count_step
+from compact_fx import CompactAdamW, compact_backend, compact_optimizer, count_step, set_steps
 from compact_fx.training.followed import _warn_of_none
 from compact_fx.training.gradients import SketchedGrad
 from compact_fx.training.moments import _warn_of_unknown
@@ -175,6 +175,32 @@ def test_columns_that_follow_hold_more_of_the_gradient_than_chance():
         (_, first), (_, second) = followed.energies
         assert 0 < first <= 1
         assert second > max(first, RANK / N)
+
+
+def test_steps_that_are_set_back_begin_the_interval_again():
+    model = make()
+    step, optimizer = compiled(model), CompactAdamW(model.parameters(), lr=1e-3)
+    train(model, step, optimizer, 6)
+    set_steps(model.parameters(), 0)
+    assert generations(model) == [2, 2]
+    optimizer.load_state_dict(optimizer.state_dict())  # it was refused: since -5 steps
+    train(model, step, optimizer, 5)
+    assert generations(model) == [3, 3]
+
+
+def test_it_waits_for_a_step_with_a_gradient_of_its_own():
+    """It does not change between two passes whose gradients are added."""
+    model = make()
+    step = compiled(model)
+    set_steps(model.parameters(), 9)
+    for i in range(2):
+        loss_of(step, data(i)).backward()
+        one = torch.compile(model.up, backend=backend())  # another graph looks at what is due
+        one(data(i)).sum().backward()
+    assert generations(model) == [0, 0]
+    count_step(model.parameters())
+    loss_of(step, data(2)).backward()
+    assert generations(model) == [1, 1]
 
 
 def test_weights_that_do_not_step_keep_their_projection():
@@ -507,6 +533,56 @@ def test_a_copy_goes_on_by_itself():
     other, other_optimizer = copy.deepcopy((model, optimizer))
     expected = train(model, step, optimizer, 5, 3)
     assert train(other, compiled(other), other_optimizer, 5, 3) == expected
+
+
+class Siblings(nn.Module):
+    """Two weights with one projection; one of them may run alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(N, N, bias=False), nn.Linear(N, N, bias=False)
+
+    def forward(self, x):
+        return self.one(x).sin() * self.two(x)
+
+
+def resumed(model, optimizer, how):
+    if how == "copied":
+        return copy.deepcopy((model, optimizer))
+    again = Siblings()
+    other = CompactAdamW(again.parameters(), lr=1e-2)
+    again.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return again, other
+
+
+@pytest.mark.parametrize("how", ["copied", "loaded"])
+@pytest.mark.parametrize("frozen", ["one", "two"])
+def test_weights_with_different_steps_resume_in_the_same_place(frozen, how):
+    torch.manual_seed(0)
+    model = Siblings()
+    step, optimizer = compiled(model, update_interval=4), CompactAdamW(model.parameters(), lr=1e-2)
+    train(model, step, optimizer, 2)
+    getattr(model, frozen).requires_grad_(False)
+    train(model, step, optimizer, 4, 2)
+    getattr(model, frozen).requires_grad_(True)
+    again, other = resumed(model, optimizer, how)
+    expected = train(model, step, optimizer, 6, 6)
+    assert train(again, compiled(again), other, 6, 6) == expected
+
+
+@pytest.mark.parametrize("how", ["copied", "loaded"])
+def test_resumed_weights_that_run_alone_see_their_own_gradients(how):
+    torch.manual_seed(0)
+    model = Siblings()
+    optimizer = CompactAdamW(model.parameters(), lr=1e-2)
+    train(model, compiled(model), optimizer, 2)
+    again, _ = resumed(model, optimizer, how)
+    before = followed_of(again.two.weight).gradient.clone()
+    again.two.requires_grad_(False)
+    loss_of(compiled(again), data(2)).backward()
+    assert torch.equal(followed_of(again.two.weight).gradient, before)
+    assert not torch.equal(followed_of(again.one.weight).gradient, before)
 
 
 DAMAGE = {

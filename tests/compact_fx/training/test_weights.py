@@ -283,3 +283,12 @@ def test_gradients_that_are_cleared_within_the_step_count(set_to_none):
     optimizer.zero_grad()
     optimizer.step()
     assert steps_of(weight) == 3
+
+
+def test_gradients_that_a_closure_clears_do_not_count():
+    weight = weight_of()
+    assert steps_of(weight) == 0
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    optimizer.step(optimizer.zero_grad)
+    optimizer.step(closure=optimizer.zero_grad)
+    assert steps_of(weight) == 0
