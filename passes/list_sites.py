@@ -53,9 +53,10 @@ def list_sites(
     uses = {(grad.index, i): use for grad in grads for i, use in enumerate(grad.uses)}
     sites = [s for grad in grads for s in _sites_of(grad, config, grad.index in input_side)]
     uses |= {(s.index, s.use): uses[s.index, s.use].on(s.side) for s in sites if s.rank}
-    salts = _salts(sites, uses, joint.salts)
-    sketches: dict[tuple[fx.Node, bool, Projection], int] = {}
-    projections: dict[Projection, int] = {}
+    salts, connected = _salts(sites, uses, joint.salts)
+    sketches: dict[tuple[fx.Node, bool, int], int] = {}
+    # Drawn ones of one salt are one; tracked ones only if they follow the same gradients.
+    numbers: dict[tuple[Projection, int], int] = {}
     owners: list[list[int]] = []
     for position, site in enumerate(sites):
         if site.placement is None:
@@ -68,15 +69,16 @@ def list_sites(
             kind=config.projection,
             dtype=use.projected.meta["val"].dtype,
         )
-        if projection not in projections:
-            projections[projection] = len(projections)
+        key = (projection, connected[site.index] if projection.is_tracked else 0)
+        if key not in numbers:
+            numbers[key] = len(numbers)
             owners.append([])
-        number = projections[projection]
+        number = numbers[key]
         if site.index not in owners[number]:
             owners[number].append(site.index)
-        key = (use.projected, use.features_first, projection)
+        shared = (use.projected, use.features_first, number)
         sites[position] = replace(
-            site, sketch=sketches.setdefault(key, len(sketches)), projection=number
+            site, sketch=sketches.setdefault(shared, len(sketches)), projection=number
         )
     factors: list[FactorInput] = []
     if config.gradients == "sketched":
@@ -93,7 +95,7 @@ def list_sites(
     drawn = [ProjectionInput(projection=i, owners=tuple(own)) for i, own in enumerate(owners)]
     plan = Plan(
         sites=tuple(sites),
-        projections=tuple(projections),
+        projections=tuple(projection for projection, _ in numbers),
         inputs=(*drawn, *factors),
         track_every=config.track_every if config.projection == "tracked" else 1,
     )
@@ -141,8 +143,10 @@ def _site(bare: Site, use: Use, config: CompactConfig, on_input: bool) -> Site:
     return replace(bare, rank=columns, placement="late")
 
 
-def _salts(sites: Iterable[Site], uses: Uses, given: Mapping[int, int]) -> dict[int, int]:
-    """By index: one salt for all weights that are connected by activations they share.
+def _salts(
+    sites: Iterable[Site], uses: Uses, given: Mapping[int, int]
+) -> tuple[dict[int, int], dict[int, int]]:
+    """By index: one salt for all weights that are connected by activations they share, and who is.
 
     It comes from the first of their names: a weight that is used twice is sketched with one
     projection. Those that have a salt from another graph keep it, and those that have none get
@@ -159,11 +163,13 @@ def _salts(sites: Iterable[Site], uses: Uses, given: Mapping[int, int]) -> dict[
         for _, index in group:
             group_of[index] = group
     salts: dict[int, int] = {}
+    connected: dict[int, int] = {}
     for index, group in ((i, g) for i, g in group_of.items() if isinstance(i, int)):
         members = sorted(group)
         known = [given[member] for _, member in members if member in given]
         salts[index] = given.get(index, known[0] if known else salt_of(members[0][0]))
-    return salts
+        connected[index] = members[0][1]
+    return salts, connected
 
 
 def _factor_input(

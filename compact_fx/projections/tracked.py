@@ -7,8 +7,6 @@ from torch import Tensor
 
 from compact_fx.projections.hashed import orthogonal
 
-_MOST_ELEMENTS = 2**25  # that are made orthonormal at once: a quarter of a GB in float64
-
 
 def begin(
     key: int, n: int, rank: int, dtype: torch.dtype, device: torch.device | str | None
@@ -19,9 +17,9 @@ def begin(
 
 
 def unit_of(factor: Tensor) -> Tensor:
-    """F / ‖F‖: each weight counts alike, and so does any scale of the loss."""
+    """F / ‖F‖, or 0: each weight counts alike, and so does any scale of the loss."""
     wide = factor.to(torch.promote_types(factor.dtype, torch.float32))
-    return (wide * wide.square().sum().rsqrt()).to(factor.dtype)
+    return finite_of(wide * wide.square().sum().rsqrt()).to(factor.dtype)
 
 
 def finite_of(gradient: Tensor) -> Tensor:
@@ -48,12 +46,6 @@ def follow(
         P in the dtype of `p`; which of them stay as they are because Y is zero or not finite
         (batch,); and how much of the gradient's energy ‖G‖² the old P held (batch,), see `energy`.
     """
-    size = max(1, _MOST_ELEMENTS // p[0].numel())
-    if len(p) > size:
-        batches = zip(*(t.split(size) for t in (p, gradient, explored)), strict=True)
-        parts = [follow(*batch, columns) for batch in batches]
-        new, kept, held = (torch.cat(part) for part in zip(*parts, strict=True))
-        return new, kept, held
     total = gradient.abs().sum((1, 2))
     kept = ~(total.isfinite() & (total > 0))
     y = torch.where(kept[:, None, None], p, gradient).to(torch.float64)

@@ -27,6 +27,7 @@ class Followed:
         version: of P, now.
         gradient: Y, summed since P has changed, float32; None where nothing has arrived.
         changed_at: steps of its weights when it changed last.
+        dtype: of its next version: the widest that a graph has asked for.
         interval: steps until it changes again (None before a graph has used it), `columns`: how
             many then follow, and `energies`: what is reported; as the graph that used it last says.
     """
@@ -46,6 +47,7 @@ class Followed:
         self.version = version
         self.gradient = gradient
         self.changed_at = changed_at
+        self.dtype = version.matrix.dtype
         self.interval: int | None = None
         self.columns = 0
         self.energies: Energies = []
@@ -56,14 +58,19 @@ class Followed:
         """P as it is now, in this dtype, of a run with this seed."""
         return TrackedBasis(projection=projection, seed=seed, version=self.version, dim=1)
 
-    def leaf(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def take_up(self, dtype: torch.dtype, device: torch.device) -> None:
+        """A graph uses it in this dtype, on this device."""
+        self.dtype = torch.promote_types(self.dtype, dtype)
+        if self.version.matrix.device != device:
+            self.version = Version(self.version.matrix.to(device), self.version.generation)
+            self.gradient = None if self.gradient is None else self.gradient.to(device)
+            self._leaves.clear()
+
+    def leaf(self, dtype: torch.dtype) -> Tensor:
         """P as a graph gets it: a leaf whose gradient is Y.
 
         A changed P gets another leaf: a backward pass that comes late says nothing of the new one.
         """
-        if self.version.matrix.device != device:
-            self.version = Version(self.version.matrix.to(device), self.version.generation)
-            self._leaves.clear()
         leaf = self._leaves.get(dtype)
         if leaf is None:
             with torch.inference_mode(False):
@@ -101,6 +108,8 @@ class Followed:
         self._leaves.clear()
 
 
+_MOST_ELEMENTS = 2**24  # of P's that change at once: some ten times as much is alive in float64
+
 _all: "list[weakref.ref[Followed]]" = []
 
 
@@ -136,7 +145,7 @@ def change_those_due() -> None:
         alive.append(reference)
         if followed.is_due:
             p = followed.version.matrix
-            key = (p.shape, p.dtype, p.device, followed.columns)
+            key = (p.shape, followed.dtype, p.device, followed.columns)
             alike.setdefault(key, []).append(followed)
     _all[:] = alive
     for members in alike.values():
@@ -146,23 +155,24 @@ def change_those_due() -> None:
                 member.change(None, math.nan)
             elif member.gradient is None:  # it changes after the first step with one
                 member.changed_at = member.steps()
-        if not seen:
-            continue
-        with (
-            torch.inference_mode(False),
-            torch.autocast(seen[0].version.matrix.device.type, enabled=False),
-        ):
-            new, kept, held = follow(
-                torch.stack([m.version.matrix for m in seen]),
-                torch.stack([m.gradient for m in seen if m.gradient is not None]),
-                torch.stack([_explored(m) for m in seen]),
-                seen[0].columns,
-            )
-        matrices = new.unbind()
-        for member, matrix, stays, energy in zip(
-            seen, matrices, kept.tolist(), held.tolist(), strict=True
-        ):
-            member.change(None if stays else matrix.clone(), math.nan if stays else energy)
+        size = max(1, _MOST_ELEMENTS // members[0].version.matrix.numel())
+        for i in range(0, len(seen), size):
+            _change_at_once(seen[i : i + size])
+
+
+def _change_at_once(alike: "list[Followed]") -> None:
+    """Those of one shape, dtype, device and number of columns."""
+    device, dtype = alike[0].version.matrix.device, alike[0].dtype
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        new, kept, held = follow(
+            torch.stack([m.version.matrix for m in alike]).to(dtype),
+            torch.stack([m.gradient for m in alike if m.gradient is not None]),
+            torch.stack([_explored(m) for m in alike]),
+            alike[0].columns,
+        )
+    changed = zip(alike, new.unbind(), kept.tolist(), held.tolist(), strict=True)
+    for member, matrix, stays, energy in changed:
+        member.change(None if stays else matrix.clone(), math.nan if stays else energy)
 
 
 def _explored(followed: Followed) -> Tensor:

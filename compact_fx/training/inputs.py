@@ -112,7 +112,7 @@ class GraphInputs:
             projection = self._plan.projections[number].with_salt(group.root().salt)
             if number in followed:
                 own_basis: Basis = followed[number].basis(projection, self._seed)
-                sources.append(followed[number].leaf(projection.dtype, device))
+                sources.append(followed[number].leaf(projection.dtype))
             else:
                 own_basis = self._drawn(projection, group.root())
             bases.append(self._shared(own_basis, own))
@@ -158,8 +158,10 @@ class GraphInputs:
             if p.is_tracked:
                 root = group.root()
                 found[number] = followed = root.follow(p.with_salt(root.salt), self._seed, device)
+                followed.take_up(p.dtype, device)
                 followed.interval = self._interval
-                followed.columns = round(self._follow * p.rank)
+                follows = max(1, round(self._follow * p.rank))
+                followed.columns = follows if self._follow else 0
                 followed.energies = self._watch.energies_of(self._names[number], followed.energies)
         return found
 

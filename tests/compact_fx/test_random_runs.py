@@ -498,7 +498,8 @@ class Reference:
             raise Difference(f"columns of a tracked projection are orthonormal up to {error:.3g}")
         if seen is None:
             return
-        columns = round(self.settings.config["follow"] * p.shape[1])
+        follow = self.settings.config["follow"]
+        columns = max(1, round(follow * p.shape[1])) if follow else 0
         sizes, order = seen.norm(dim=0).sort(descending=True)
         if columns < len(sizes) and sizes[columns] > 0.999 * sizes[columns - 1]:
             return  # it is rounding that says which is larger

@@ -255,7 +255,7 @@ def test_weights_in_two_graphs_share_one_projection():
     model, head = make(), nn.Linear(N, N)
     both = nn.ModuleList([model, head])
     torch._dynamo.reset()
-    shared = backend()
+    shared = backend(place="late")
     one = torch.compile(model, backend=shared)
     two = torch.compile(lambda x: head(model(x)), backend=shared)
     optimizer = CompactAdamW(both.parameters(), lr=1e-3)
@@ -311,6 +311,70 @@ def test_a_weight_without_gradient_keeps_its_projection_and_says_so_once():
     assert generations(model) == [0, 0]
     train(model, step, optimizer, 2, 4)
     assert generations(model) == [1, 1]
+
+
+class Fork(nn.Module):
+    """Two weights on one activation."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(N, N, bias=False), nn.Linear(N, N, bias=False)
+
+    def forward(self, x):
+        x = x.sin()
+        return self.a(x), self.b(x)
+
+
+@pytest.mark.parametrize("how", ["not in the loss", "times 0"])
+def test_a_weight_without_gradient_does_not_silence_its_neighbour(how):
+    torch.manual_seed(0)
+    model = Fork()
+    step, optimizer = compiled(model, place="late"), CompactAdamW(model.parameters(), lr=1e-3)
+    for i in range(3):
+        a, b = step(data(i))
+        (a.square().mean() + (0.0 * b.sum() if how == "times 0" else 0.0)).backward()
+        assert followed_of(model.a.weight).gradient.norm() > 0
+        optimizer.step()
+        optimizer.zero_grad()
+    assert followed_of(model.a.weight).version.generation == 1
+
+
+@pytest.mark.parametrize(("rank", "follow", "columns"), [(1, 0.25, 1), (2, 0.25, 1), (2, 0, 0)])
+def test_one_column_follows_at_least(rank, follow, columns):
+    model = make()
+    loss_of(compiled(model, rank=rank, follow=follow), data(0)).backward()
+    assert followed_of(model.up.weight).columns == columns
+
+
+def test_a_wider_dtype_makes_the_next_version_wide():
+    model = make()
+    step, optimizer = compiled(model), CompactAdamW(model.parameters(), lr=1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss_of(step, data(0)).backward()
+    optimizer.zero_grad()
+    train(model, step, optimizer, 2)
+    p = followed_of(model.up.weight).version.matrix
+    assert p.dtype == torch.float32
+    assert (p.T @ p - torch.eye(RANK)).abs().max() < 1e-5
+
+
+def test_equal_blocks_that_are_compiled_together_later_keep_their_own_projections():
+    torch.manual_seed(0)
+    blocks = nn.ModuleList(Model() for _ in range(3))
+    torch._dynamo.reset()
+    shared = backend(place="late")
+    alone = [torch.compile(block, backend=shared) for block in blocks]
+
+    def chain(x, parts=tuple(blocks)):
+        for part in parts:
+            x = part(x)
+        return x
+
+    chain(data(0), alone).square().mean().backward()
+    before = [followed_of(block.up.weight) for block in blocks]
+    assert len({id(followed) for followed in before}) == 3
+    torch.compile(chain, backend=shared)(data(1)).square().mean().backward()
+    assert [followed_of(block.up.weight) for block in blocks] == before
 
 
 # --- optimizers -----------------------------------------------------------------------------------
