@@ -201,7 +201,10 @@ class GraphCompiler:
             for index, record in records.items()
             if record is not None and record.group is not None
         }
-        return capture(module, num_fwd_outputs, static_inputs, self._weights, self._buffers, salts)
+        sides = {i: r.side for i, r in records.items() if r is not None and r.side is not None}
+        return capture(
+            module, num_fwd_outputs, static_inputs, self._weights, self._buffers, salts, sides
+        )
 
 
 def _cache_id(plan: Plan | None) -> str:

@@ -58,8 +58,12 @@ def choose_sites(
         return _untouched(draft, uses, before)
     everything = {_key(site) for site in draft.sketched}
     best = _try(joint, _placed(draft, everything if config.place == "early" else set(), recompute))
-    if config.place == "auto" and (early := best.smaller_early(uses)):
-        moved = {s.index for s in draft.sketched if s.side == "output" and _key(s) in early}
+    early = best.smaller_early(uses) if config.place == "auto" else set()
+    on_output = {site.index for site in draft.sketched if site.side == "output"}
+    # Those that other graphs have on this side stay there.
+    early = {key for key in early if key[0] not in on_output & joint.sides.keys()}
+    if early:
+        moved = on_output & {index for index, _ in early}
         other, others = list_sites(joint, config, failed, moved) if moved else (draft, uses)
         trial = _try(joint, _placed(other, early, recompute))
         if trial.cut.bytes < best.cut.bytes:

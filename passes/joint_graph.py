@@ -10,7 +10,7 @@ from torch import fx
 from compact_fx import _torch
 from compact_fx.errors import CannotCompact
 from compact_fx.passes.split_grouped_backward import split_grouped_backward
-from compact_fx.plan import FactorInput, Plan, ProjectionInput
+from compact_fx.plan import FactorInput, Plan, ProjectionInput, Side
 
 aten = torch.ops.aten
 
@@ -26,6 +26,7 @@ class JointGraph:
         weights: input index → qualified name, of the parameters.
         buffers: input indices of the buffers.
         salts: input index → salt, of those parameters that have a projection from other graphs.
+        sides: input index → side, of those that are sketched in other graphs.
         added: input index → role, of the inputs that this project adds; in the plan's order.
         like_eager: cut it as eager autograd would, which recomputes nothing; to compare with.
     """
@@ -36,6 +37,7 @@ class JointGraph:
     weights: Mapping[int, str]
     buffers: frozenset[int] = frozenset()
     salts: Mapping[int, int] = field(default_factory=dict)
+    sides: Mapping[int, Side] = field(default_factory=dict)
     added: Mapping[int, ProjectionInput | FactorInput] = field(default_factory=dict)
     like_eager: bool = False
 
@@ -147,6 +149,7 @@ def capture(
     weights: Mapping[int, str],
     buffers: frozenset[int] = frozenset(),
     salts: Mapping[int, int] | None = None,
+    sides: Mapping[int, Side] | None = None,
 ) -> JointGraph:
     """What AOTAutograd gives to a partitioner, in the form that all passes expect; taken over.
 
@@ -156,4 +159,7 @@ def capture(
     split_grouped_backward(module)
     module.graph.eliminate_dead_code()
     _torch.eliminate_common_subexpressions(module)
-    return JointGraph(module, num_fwd_outputs, tuple(static_inputs), weights, buffers, salts or {})
+    positions = tuple(static_inputs)
+    return JointGraph(
+        module, num_fwd_outputs, positions, weights, buffers, salts or {}, sides or {}
+    )

@@ -47,11 +47,14 @@ def list_sites(
 
     Contract: a tracked weight with less out_features than in_features is sketched on its output
     side; all others on their input side. A weight that has a projection from another graph keeps
-    it, and shares a sketch only with weights that have the same.
+    it, and its side, and shares a sketch only with weights that have the same.
     """
     grads = find_weight_grads(joint, skip=failed)
     uses = {(grad.index, i): use for grad in grads for i, use in enumerate(grad.uses)}
-    sites = [s for grad in grads for s in _sites_of(grad, config, grad.index in input_side)]
+    known = {index for index, side in joint.sides.items() if side == "input"}
+    sites = [
+        s for grad in grads for s in _sites_of(grad, config, grad.index in known | set(input_side))
+    ]
     uses |= {(s.index, s.use): uses[s.index, s.use].on(s.side) for s in sites if s.rank}
     salts, connected = _salts(sites, uses, joint.salts)
     sketches: dict[tuple[fx.Node, bool, int], int] = {}

@@ -1,6 +1,6 @@
 """Projections: P as a function of a key, and what factors are expressed in."""
 
-from compact_fx.projections.basis import Basis, DrawnBasis, TrackedBasis, Version, drawn
+from compact_fx.projections.basis import Basis, DrawnBasis, TrackedBasis, Version, matrix_of
 from compact_fx.projections.drawn import (
     DRAWN,
     KINDS,
@@ -26,10 +26,10 @@ __all__ = [
     "Version",
     "begin",
     "draw",
-    "drawn",
     "finite_of",
     "fold_in",
     "follow",
+    "matrix_of",
     "random_projection",
     "salt_of",
     "source",

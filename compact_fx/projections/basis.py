@@ -181,7 +181,7 @@ class DrawnBasis(Basis):
     def matrix(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """P (features, rank), rounded as the compiled graph rounds it, then in this dtype."""
         p = self.projection
-        return drawn(self.source(device), p.features, p.rank, p.kind, p.dtype).to(dtype)
+        return matrix_of(self.source(device), p.features, p.rank, p.kind, p.dtype).to(dtype)
 
     # --- the products of a countsketch are gathers -----------------------------------------------
 
@@ -238,7 +238,7 @@ class DrawnBasis(Basis):
         return other.compress(self.expand(wide))
 
 
-def drawn(given: Tensor, n: int, rank: int, kind: Kind, dtype: torch.dtype) -> Tensor:
+def matrix_of(given: Tensor, n: int, rank: int, kind: Kind, dtype: torch.dtype) -> Tensor:
     """P (n, rank) of a key or table, where that is; on a GPU one kernel."""
     if given.device.type != "cuda":
         result: Tensor = RANDOM_PROJECTION(given, n, rank, kind, dtype)

@@ -13,9 +13,9 @@ from compact_fx.projections import (
     Projection,
     TrackedBasis,
     Version,
-    drawn,
     fold_in,
     follow,
+    matrix_of,
 )
 from compact_fx.training.watch import Energies
 
@@ -183,4 +183,4 @@ def _explored(followed: Followed) -> Tensor:
     columns = p.rank - followed.columns
     if not columns:
         return version.matrix.new_empty(p.features, 0, dtype=torch.float32)
-    return drawn(source, p.features, columns, "gaussian", torch.float32)
+    return matrix_of(source, p.features, columns, "gaussian", torch.float32)

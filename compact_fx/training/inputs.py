@@ -38,6 +38,7 @@ class GraphInputs:
         self._interval = interval
         self._follow = follow
         self._factors = plan.factor_inputs
+        self._sides = {site.index: site.side for site in plan.sketched}
         named = {site.projection: site.weight for site in reversed(plan.sketched)}
         self._names = [named.get(number, "") for number in range(len(plan.projections))]
         self._indices = tuple(dict.fromkeys(i for p in plan.projection_inputs for i in p.owners))
@@ -119,8 +120,9 @@ class GraphInputs:
             if number not in followed:
                 sources.append(bases[-1].source(device))
         factor_bases = [bases[role.projection].along(role.dim) for role in self._factors]
-        for record in records.values():
+        for index, record in records.items():
             record.watch, record.is_factor = self._watch, False
+            record.side = self._sides.get(index)
         factor_records = [records[role.index] for role in self._factors]
         for record, basis in zip(factor_records, factor_bases, strict=True):
             record.basis, record.is_factor = basis, True

@@ -15,6 +15,7 @@ from torch.optim.optimizer import (
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from compact_fx import _torch
+from compact_fx.plan import Side
 from compact_fx.projections import Basis, Projection, Version
 from compact_fx.training.followed import Followed
 from compact_fx.training.watch import Watch
@@ -93,6 +94,7 @@ class WeightRecord:
         steps: since the weight was first asked for, or as resumed.
         is_stepped: whether any was seen.
         group: with which weights it shares a projection; None before its first graph.
+        side: that a graph sketches it on; None before its first.
         basis: the last that a graph has used for it.
         is_factor: whether its gradient is a factor.
         in_graph: whether a sketched graph has run with it since its last step, and
@@ -106,6 +108,7 @@ class WeightRecord:
         self.steps = 0
         self.is_stepped = False
         self.group: Group | None = None
+        self.side: Side | None = None
         self.basis: Basis | None = None
         self.is_factor = False
         self.in_graph = False

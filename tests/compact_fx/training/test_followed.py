@@ -377,6 +377,21 @@ def test_equal_blocks_that_are_compiled_together_later_keep_their_own_projection
     assert [followed_of(block.up.weight) for block in blocks] == before
 
 
+@pytest.mark.parametrize("first", [256, 1])
+def test_a_weight_keeps_its_side_whatever_the_batch(first):
+    """Few tokens would be sketched on the other side, or not at all."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, N, bias=False))
+    torch._dynamo.reset()
+    step = torch.compile(model, backend=backend(strict=False), dynamic=False)
+    optimizer = CompactAdamW(model.parameters(), lr=1e-3)
+    for tokens in (first, 1, 256, 16, 1):
+        step(torch.randn(tokens, 96)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(known_record(model[0].weight).group.root().followed) == 1
+
+
 # --- optimizers -----------------------------------------------------------------------------------
 
 
