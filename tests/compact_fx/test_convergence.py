@@ -110,6 +110,7 @@ WRONG = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", WRONG)
 def test_what_is_wrong_is_seen(what, monkeypatch):
     settings, spoil = WRONG[what]
