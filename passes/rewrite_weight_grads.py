@@ -108,8 +108,7 @@ class _Sketch:
         projection: index into the plan's.
         drawn: P.
         node: z.
-        rows: a, tokens first.
-        seen: the rows of a that a tracked P sees; None for others.
+        seen: the rows of a, tokens first, that a tracked P sees; None for others.
         factors: of its sites, and
         others: of each, the rows of the other operand b that a tracked P sees, and
         turns: of each, b · F / ‖F‖.
@@ -119,7 +118,6 @@ class _Sketch:
     projection: int
     drawn: fx.Node
     node: fx.Node
-    rows: fx.Node
     seen: fx.Node | None
     factors: list[fx.Node] = field(default_factory=list)
     others: list[fx.Node] = field(default_factory=list)
@@ -158,7 +156,7 @@ def _sketch(graph: fx.Graph, use: Use, site: Site, plan: Plan, source: fx.Node) 
         mark_recomputed(drawn)
     if site.placement == "late":
         mark_recomputed(sketch)
-    return _Sketch(site.side, site.projection, drawn, sketch, rows, seen)
+    return _Sketch(site.side, site.projection, drawn, sketch, seen)
 
 
 def _every(graph: fx.Graph, rows: fx.Node, step: int, *, keep: bool = False) -> fx.Node:
@@ -234,9 +232,7 @@ def _track(graph: fx.Graph, sketches: Iterable[_Sketch]) -> dict[int, fx.Node]:
     for sketch in sorted(tracked, key=lambda s: order[last[id(s)]]):
         at = last[id(sketch)]
         assert sketch.seen is not None
-        with graph.inserting_after(at):
-            marker = graph.call_function(aten.alias.default, (at,))  # what follows goes before it
-        with graph.inserting_before(marker):
+        with graph.inserting_before(at.next):
             turn, *others = sketch.turns
             for other in others:
                 turn = insert(graph, aten.add.Tensor, (turn, other), like=at, name="turns")
@@ -249,7 +245,6 @@ def _track(graph: fx.Graph, sketches: Iterable[_Sketch]) -> dict[int, fx.Node]:
                 both = (directions[sketch.projection], y)
                 y = insert(graph, aten.add.Tensor, both, like=at, name="seen")
             directions[sketch.projection] = y
-        graph.erase_node(marker)
     return directions
 
 

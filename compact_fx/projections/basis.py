@@ -308,11 +308,6 @@ class TrackedBasis(Basis):
     def is_orthonormal(self) -> bool:
         return True
 
-    def norm(self, factor: Tensor) -> Tensor:
-        """‖factor Pᵀ‖ = ‖factor‖."""
-        norm: Tensor = torch.linalg.vector_norm(factor)
-        return norm
-
     def change_squares_to(self, other: Basis, squares: Tensor) -> Tensor:
         """What the second moment of a factor in this basis is in another one: V (R ∘ R), R = P₁ᵀP₂.
 

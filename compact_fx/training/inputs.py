@@ -1,7 +1,7 @@
 """What a call hands to a compiled graph beyond its own arguments."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,9 +93,7 @@ class GraphInputs:
     def _entry(
         self, weights: Sequence[Tensor], arguments: Sequence[Any], old: "_Entry | None"
     ) -> "_Entry":
-        records = dict(zip(self._indices, map(record_of, weights), strict=True))
-        owners = [[records[i] for i in p.owners] for p in self._plan.projection_inputs]
-        groups = [self._group(number, own) for number, own in enumerate(owners)]
+        groups = self._groups(weights) if old is None else old.groups
         now, device = changes(), weights[0].device
         followed = self._followed(groups, device)
         change_those_due()
@@ -107,9 +105,10 @@ class GraphInputs:
             return old
         if old is None:  # a new set of weights: forget those that are gone
             self._last = {k: e for k, e in self._last.items() if e.is_alive()}
+        records = self._records(weights)
         bases: list[Basis] = []
         sources: list[Tensor] = []
-        for number, (group, own) in enumerate(zip(groups, owners, strict=True)):
+        for number, (group, own) in enumerate(zip(groups, self._owners(records), strict=True)):
             projection = self._plan.projections[number].with_salt(group.root().salt)
             if number in followed:
                 own_basis: Basis = followed[number].basis(projection, self._seed)
@@ -144,6 +143,17 @@ class GraphInputs:
         if old is not None:
             entry.take_over(old)
         return entry
+
+    def _records(self, weights: Sequence[Tensor]) -> dict[int, WeightRecord]:
+        return dict(zip(self._indices, map(record_of, weights), strict=True))
+
+    def _owners(self, records: Mapping[int, WeightRecord]) -> list[list[WeightRecord]]:
+        """Of each projection."""
+        return [[records[i] for i in p.owners] for p in self._plan.projection_inputs]
+
+    def _groups(self, weights: Sequence[Tensor]) -> list[Group]:
+        owners = self._owners(self._records(weights))
+        return [self._group(number, own) for number, own in enumerate(owners)]
 
     def _group(self, number: int, owners: Sequence[WeightRecord]) -> Group:
         """The weights that have a projection in common, here and in other graphs."""
