@@ -95,6 +95,15 @@ class Followed:
         """Steps since P has changed; 0 where the weights that had more are not here."""
         return max(0, self.steps() - self.changed_at)
 
+    def set_back(self) -> None:
+        """Its weights have seen fewer steps than it knows: what it has become since is forgotten."""
+        steps, self.gradient = self.steps(), None
+        if self.changed_at > steps:
+            begin = self.projection(self.seed, device=self.version.matrix.device)
+            self.version, self.changed_at = Version(begin.to(self.dtype), 0), 0
+            self.energies[:] = [(at, share) for at, share in self.energies if at <= steps]
+            self._leaves.clear()
+
     def change(self, matrix: Tensor | None, energy: float) -> None:
         """P is another from now on, or stays for want of a gradient (None)."""
         steps = self.steps()

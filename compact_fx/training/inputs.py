@@ -96,7 +96,8 @@ class GraphInputs:
         groups = self._groups(weights) if old is None else old.groups
         now, device = changes(), weights[0].device
         followed = self._followed(groups, device)
-        change_those_due()
+        if any(own.is_due for own in followed.values()):
+            change_those_due()
         versions = self._versions(groups)
         if old is not None and versions == old.versions:
             old.changes = now

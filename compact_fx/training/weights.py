@@ -54,8 +54,7 @@ class Group:
         shape = (projection.features, projection.rank)
         if shape not in self.followed:
             version = Version(projection(seed, device=device), 0)
-            steps = self.steps_so_far
-            self.followed[shape] = Followed(projection, seed, steps, version)
+            self.followed[shape] = Followed(projection, seed, self.steps_so_far, version)
         return self.followed[shape]
 
     def root(self) -> "Group":
@@ -286,12 +285,18 @@ def set_steps(weights: Iterable[Tensor], steps: int) -> None:
 
 
 def restore_steps(steps: dict[Tensor, int]) -> None:
-    """Weights have seen these many steps, whatever was known before."""
+    """Weights have seen these many steps, whatever was known before.
+
+    Tracked projections that have changed after that begin anew.
+    """
     _note_change()
+    groups = [record_of(weight).group for weight in steps]
+    before = {group.root(): group.root().steps for group in groups if group is not None}
     for weight, number in steps.items():
         record = record_of(weight)
         record.steps = number
         record.in_graph = record.in_dense_graph = False
-    for group in (record_of(weight).group for weight in steps):
-        for followed in () if group is None else group.root().followed.values():
-            followed.changed_at = min(followed.changed_at, followed.steps())
+    for root, most in before.items():
+        if root.steps < most:
+            for followed in root.followed.values():
+                followed.set_back()

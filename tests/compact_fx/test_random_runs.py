@@ -248,12 +248,15 @@ class Followed:
     """A tracked projection.
 
     Attributes:
+        first: P that it begins with.
+        version: None where it has just begun.
         seen: Y, None where nothing has arrived since it changed.
         is_exact: whether that can be told from the gradients.
         is_used: by a graph; before, nobody knows when it is to change.
     """
 
-    version: Version
+    first: Tensor
+    version: Version | None = None
     seen: Tensor | None = None
     is_exact: bool = True
     changed_at: int = 0
@@ -267,10 +270,23 @@ class Followed:
         self.seen = y if self.seen is None else self.seen + y
         self.is_exact &= is_exact
 
-    def change(self, steps, interval, new):
+    def begin(self, version):
+        if version.generation or not version.matrix.equal(self.first):
+            raise Difference(f"a tracked projection begins in generation {version.generation}")
+        self.version = version
+
+    def set_back(self, steps):
+        self.seen, self.is_exact = None, True
+        if self.changed_at > steps:
+            self.changed_at, self.version = 0, None
+
+    def is_due(self, steps, interval):
+        since = steps - self.changed_at
+        return self.is_used and since >= (interval if self.version.generation else 1)
+
+    def change(self, steps, is_due, new):
         """Before the next use; new: the version that the package has now. Whether it changes."""
         since, old, seen = steps - self.changed_at, self.version, self.seen
-        is_due = self.is_used and since >= (interval if old.generation else 1)
         if not is_due:
             seen = None
         else:
@@ -390,11 +406,14 @@ class Records:
         self.known.add(name)
 
     def set_steps(self, steps):
+        met = steps.keys() & self.shared.keys()
+        before = {name: self.shared_steps(name) for name in met}
         self.steps |= steps
         self.known.update(steps)
-        for name in steps.keys() & self.shared.keys():
-            for followed in self.shared[name].followed.values():
-                followed.changed_at = min(followed.changed_at, self.shared_steps(name))
+        for name in met:
+            now = self.shared_steps(name)
+            for followed in self.shared[name].followed.values() if now < before[name] else ():
+                followed.set_back(now)
 
     def count(self, name):
         """A step that an optimizer made."""
@@ -453,11 +472,11 @@ class Reference:
         for number, own in owners.items():
             self.meetings += self.records.meet(own, plan.projections[number].salt)
         shared = {number: self.records.shared[own[0]] for number, own in owners.items()}
+        weights, followed = dict(model.named_parameters()), []
         for number, group in shared.items():
             if plan.projections[number].is_tracked:
-                self.follow(group, plan.projections[number], dict(model.named_parameters()))
-        if owners:  # a graph without sketches looks after none
-            self.change_those_due(dict(model.named_parameters()))
+                followed.append(self.follow(group, plan.projections[number], weights))
+        self.change_those_due(followed, weights)
         bases, sides = {}, {site.weight: site.side for site in plan.sites if site.rank}
         for number, own in owners.items():
             projection = plan.projections[number].with_salt(shared[number].salt)
@@ -473,21 +492,32 @@ class Reference:
         """A tracked projection of this shape is used; it begins at random."""
         shape, drawn = (projection.features, projection.rank), projection.with_salt(group.salt)
         if shape not in group.followed:
-            version = followed_by(weights[min(group.members)], shape).version
-            # Nothing has arrived: it cannot have changed yet.
-            if version.generation or not version.matrix.equal(self.settings.drawn(drawn, 0)):
-                raise Difference(f"a tracked projection begins in generation {version.generation}")
-            group.followed[shape] = Followed(version)
+            group.followed[shape] = Followed(self.settings.drawn(drawn, 0))
+        if group.followed[shape].version is None:  # nothing has arrived: it cannot have changed
+            group.followed[shape].begin(followed_by(weights[min(group.members)], shape).version)
         group.followed[shape].is_used = True
+        return group.followed[shape]
 
-    def change_those_due(self, weights):
-        """All tracked projections, whichever graph runs."""
-        for group in {id(group): group for group in self.records.shared.values()}.values():
+    def change_those_due(self, own, weights):
+        """All tracked projections at once, when one is due that the graph uses."""
+        due = []
+        groups = {id(group): group for group in self.records.shared.values()}
+        for group in groups.values():
+            for shape, followed in group.followed.items():
+                if followed.version is None:
+                    followed.begin(followed_by(weights[min(group.members)], shape).version)
+            steps = self.records.shared_steps(min(group.members))
+            interval = self.settings.interval
+            due += [f for f in group.followed.values() if f.is_due(steps, interval)]
+        if not any(one is other for one in due for other in own):
+            due = []
+        for group in groups.values():
             steps = self.records.shared_steps(min(group.members))
             for shape, followed in group.followed.items():
                 new = followed_by(weights[min(group.members)], shape).version
                 seen, is_exact = followed.seen, followed.is_exact
-                if followed.change(steps, self.settings.interval, new):
+                is_due = any(followed is one for one in due)
+                if followed.change(steps, is_due, new):
                     self.judge(new.matrix.double(), seen if is_exact else None)
                     self.changes += 1
 
@@ -861,6 +891,8 @@ class Run:
 
     def compare_followed(self, expected, actual):
         self.counts["(tracked projections compared)"] += 1
+        if expected.version is None:
+            expected.begin(actual.version)
         if expected.version is not actual.version:
             raise Difference("a tracked projection is of another version")
         if (expected.seen is None) != (actual.gradient is None):

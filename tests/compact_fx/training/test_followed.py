@@ -177,15 +177,17 @@ def test_columns_that_follow_hold_more_of_the_gradient_than_chance():
         assert second > max(first, RANK / N)
 
 
-def test_steps_that_are_set_back_begin_the_interval_again():
+def test_steps_that_are_set_back_begin_anew():
+    """A learning-rate finder restores the model and the state of before the first step."""
     model = make()
     step, optimizer = compiled(model), CompactAdamW(model.parameters(), lr=1e-3)
-    train(model, step, optimizer, 6)
-    set_steps(model.parameters(), 0)
+    weights, state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    losses = train(model, step, optimizer, 6)
     assert generations(model) == [2, 2]
-    optimizer.load_state_dict(optimizer.state_dict())  # it was refused: since -5 steps
-    train(model, step, optimizer, 5)
-    assert generations(model) == [3, 3]
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    assert train(model, step, optimizer, 6) == losses
+    assert generations(model) == [2, 2]
 
 
 def test_it_waits_for_a_step_with_a_gradient_of_its_own():
