@@ -364,6 +364,10 @@ class _Partitioner(CustomPartitionerFn):  # type: ignore[misc]
         # Inductor pickles its settings into cache keys: the closure would bring every weight along.
         return (_Partitioner, (None, self._cache_id))
 
+    def forget(self) -> None:
+        """Let go of the closure."""
+        self._partition = None
+
 
 def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
     """Inductor's settings for a mode of torch.compile and options on top of it."""
@@ -397,33 +401,37 @@ def compile_graph(
     decompose: break operators up as Inductor wants them; without, only for `inner="aot_eager"`.
     """
     partitioner = None if partition is None else _Partitioner(partition, cache_id)
-    if inner == "inductor":
-        patches = dict(options)
+    try:
+        if inner == "inductor":
+            patches = dict(options)
+            if partitioner is not None:
+                patches["custom_partitioner_fn"] = partitioner
+            return compile_fx(module, example_inputs, config_patches=patches)  # type: ignore[no-any-return,return-value]
+
+        def run_as_is(graph_module: fx.GraphModule, _: Sequence[Any]) -> CompiledFunction:
+            graph_module.graph.set_codegen(_BoxedCodeGen())  # frees each input after its last use
+            graph_module.recompile()
+
+            def run(args: list[Any]) -> Any:
+                return graph_module.forward(args)
+
+            run._boxed_call = True  # type: ignore[attr-defined]
+            return run
+
+        # Dynamo's DDPOptimizer looks at this to know that the graph goes through AOTAutograd.
+        counters["aot_autograd"]["total"] += 1
+        return aot_module_simplified(  # type: ignore[no-any-return]
+            module,
+            example_inputs,
+            fw_compiler=run_as_is,  # type: ignore[arg-type]
+            bw_compiler=run_as_is,  # type: ignore[arg-type]
+            partition_fn=partitioner or min_cut_rematerialization_partition,
+            decompositions=select_decomp_table() if decompose else {},
+            keep_inference_input_mutations=True,
+        )
+    finally:  # torch 2.11 keeps it with the compiled code, and its closure all weights and a batch
         if partitioner is not None:
-            patches["custom_partitioner_fn"] = partitioner
-        return compile_fx(module, example_inputs, config_patches=patches)  # type: ignore[no-any-return,return-value]
-
-    def run_as_is(graph_module: fx.GraphModule, _: Sequence[Any]) -> CompiledFunction:
-        graph_module.graph.set_codegen(_BoxedCodeGen())  # frees each input after its last use
-        graph_module.recompile()
-
-        def run(args: list[Any]) -> Any:
-            return graph_module.forward(args)
-
-        run._boxed_call = True  # type: ignore[attr-defined]
-        return run
-
-    # Dynamo's DDPOptimizer looks at this to know that the graph goes through AOTAutograd.
-    counters["aot_autograd"]["total"] += 1
-    return aot_module_simplified(  # type: ignore[no-any-return]
-        module,
-        example_inputs,
-        fw_compiler=run_as_is,  # type: ignore[arg-type]
-        bw_compiler=run_as_is,  # type: ignore[arg-type]
-        partition_fn=partitioner or min_cut_rematerialization_partition,
-        decompositions=select_decomp_table() if decompose else {},
-        keep_inference_input_mutations=True,
-    )
+            partitioner.forget()
 
 
 def compile_function(

@@ -29,6 +29,13 @@ def fresh_dynamo() -> Iterator[None]:
 
 
 @pytest.fixture
+def sees_requires_grad() -> Iterator[None]:
+    """Dynamo compiles anew when a weight is frozen or not; torch 2.11 overlooks that by default."""
+    with torch._dynamo.config.patch(skip_tensor_guards_with_matching_dict_tags=False):
+        yield
+
+
+@pytest.fixture
 def make_llama() -> Callable[..., LlamaForCausalLM]:
     """The same small LLaMA each time, as Hugging Face ships it."""
 

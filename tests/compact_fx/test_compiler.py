@@ -1,6 +1,8 @@
 """One graph's way: what fails for one weight leaves the others as they are."""
 
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -88,6 +90,23 @@ def test_strict_hears_of_it(monkeypatch, name):
     with pytest.raises(Exception, match=f"KeyError in {name}") as caught:
         torch.compile(mlp(), backend=backend(strict=True))(batch())
     assert isinstance(caught.value.inner_exception, CannotCompact)
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_compiled_code_keeps_neither_weights_nor_a_batch(inner):
+    model, inputs = mlp(), batch()
+    compiled = torch.compile(model, backend=backend(inner=inner))
+    compiled(inputs).sum().backward()
+    compiled(batch()).sum().backward()
+    gone = weakref.ref(inputs)
+    del inputs
+    gc.collect()
+    assert gone() is None
+    gone = weakref.ref(model[0].weight)
+    model[0] = nn.Linear(64, 96)
+    gc.collect()
+    assert gone() is None
+    assert compiled(batch()).shape == (128, 8)
 
 
 def test_digests_stand_for_what_a_plan_does():

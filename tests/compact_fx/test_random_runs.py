@@ -1390,7 +1390,9 @@ def interrupt(_):
 def many_graphs():
     """Each set of frozen layers is another graph of the same function."""
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=64), warnings.catch_warnings():
+    # torch 2.11 overlooks by default that weights are frozen.
+    settings = {"recompile_limit": 64, "skip_tensor_guards_with_matching_dict_tags": False}
+    with torch._dynamo.config.patch(settings), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
     torch._dynamo.reset()

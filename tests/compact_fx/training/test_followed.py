@@ -205,6 +205,7 @@ def test_it_waits_for_a_step_with_a_gradient_of_its_own():
     assert generations(model) == [1, 1]
 
 
+@pytest.mark.usefixtures("sees_requires_grad")
 def test_weights_that_do_not_step_keep_their_projection():
     model = make()
     model.down.weight.requires_grad_(False)
@@ -637,6 +638,7 @@ def resumed(model, optimizer, how):
     return again, other
 
 
+@pytest.mark.usefixtures("sees_requires_grad")
 @pytest.mark.parametrize("how", ["copied", "loaded"])
 @pytest.mark.parametrize("frozen", ["one", "two"])
 def test_weights_with_different_steps_resume_in_the_same_place(frozen, how):
