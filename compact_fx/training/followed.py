@@ -96,7 +96,7 @@ class Followed:
         return max(0, self.steps() - self.changed_at)
 
     def set_back(self) -> None:
-        """Its weights have seen fewer steps than it knows: what it has become since is forgotten."""
+        """Its weights have seen fewer steps: what it has become since is forgotten."""
         steps, self.gradient = self.steps(), None
         if self.changed_at > steps:
             begin = self.projection(self.seed, device=self.version.matrix.device)
