@@ -10,6 +10,7 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
+@pytest.mark.long
 def test_pretrain_llama_compares_backends(tmp_path: Path):
     """A few steps of the real thing: a table, a figure and numbers that make sense."""
     pytest.importorskip("matplotlib")

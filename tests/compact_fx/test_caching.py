@@ -47,6 +47,7 @@ def run(tmp_path: Path):
     return in_process
 
 
+@pytest.mark.long
 def test_caches_hit_and_miss_when_they_must(run, tmp_path: Path):
     """Another rank, kind, or source of a pass never gets an old entry; a second process does."""
     cold = run(rank=0.25)

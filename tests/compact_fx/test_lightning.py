@@ -83,7 +83,7 @@ def test_the_losses_are_those_of_plain_training(train, gradients, arguments):
         assert actual[-1] < 0.9 * actual[0]
 
 
-@pytest.mark.parametrize("gradients", ["dense", "sketched"])
+@pytest.mark.parametrize("gradients", [pytest.param("dense", marks=pytest.mark.long), "sketched"])
 def test_resuming_gives_the_same_losses(train, gradients, make_llama, tmp_path):
     """Bit for bit, over a change of projections, and the checkpoint loads without this package."""
     settings = {"gradients": gradients, "update_interval": 4}

@@ -440,6 +440,7 @@ def test_later_compilations_stay_static():
     assert (16, 64) in shapes[0]
 
 
+@pytest.mark.long
 def test_what_checkpoints_recompute_is_not_alive_at_once(make_llama, tokens):
     """The backward of a layer is over before the next one is recomputed."""
     peaks = {}

@@ -485,6 +485,7 @@ def test_bad_settings(settings, message):
         CompactAdamW(mlp().parameters(), **settings)
 
 
+@pytest.mark.long
 def test_trains_a_llama_like_the_dense_baseline(make_llama):
     """300 steps of a LLaMA on Python sources: within 10 % of dense training's loss drop."""
     text = b"".join(Path(m.__file__).read_bytes() for m in (argparse, ast, copy, pytest, shutil))
