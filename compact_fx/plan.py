@@ -139,12 +139,14 @@ class Account:
     Attributes:
         saved_before: what torch.compile's own partition keeps; `saved_after`: what ours keeps.
         projection_bytes: what tracked projections hold from step to step: P, and Y in float32.
+        change_flops: what it takes when all of them change.
         sites: for each of the plan's.
     """
 
     saved_before: tuple[Saved, ...] = ()
     saved_after: tuple[Saved, ...] = ()
     projection_bytes: int = 0
+    change_flops: int = 0
     sites: tuple[SiteCost, ...] = ()
 
     @property

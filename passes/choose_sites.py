@@ -8,6 +8,7 @@ from torch import fx
 from compact_fx.config import CompactConfig
 from compact_fx.passes.apply_plan import cut, observed, rewrite
 from compact_fx.passes.costs import (
+    change_flops,
     costs_of,
     early_bytes,
     flops_of,
@@ -79,6 +80,7 @@ def choose_sites(
         saved_before=before.saved,
         saved_after=best.cut.saved,
         projection_bytes=held,
+        change_flops=change_flops(best.plan),
         sites=costs_of(best.plan, uses, before, best.cut, best.sketches),
     )
     return replace(best.plan, account=account)

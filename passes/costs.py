@@ -57,6 +57,20 @@ def projection_bytes(plan: Plan) -> int:
     )
 
 
+def change_flops(plan: Plan) -> int:
+    """FLOPs of matrix products where all tracked projections of the plan change, moments with them.
+
+    For each P two Gram matrices, two products and a check (`orthonormal`); for each factor R and
+    the rotation of two moments.
+    """
+    flops = sum(5 * 2 * p.features * p.rank**2 for p in plan.projections if p.is_tracked)
+    for role in plan.factor_inputs:
+        p = plan.projections[role.projection]
+        if p.is_tracked:
+            flops += 2 * p.features * p.rank**2 + 2 * 2 * math.prod(role.shape) * p.rank
+    return flops
+
+
 def saved_gradient_bytes(plan: Plan, joint: JointGraph) -> int:
     """Bytes that gradients take less where they stay factors."""
     inputs = joint.inputs()

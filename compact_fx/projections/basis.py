@@ -117,13 +117,22 @@ class Basis(ABC):
             left, right = (part.expand(len(weight), -1, -1) for part in (left, right))
             weight.baddbmm_(left, right, beta=keep, alpha=scale)
 
+    def turn_to(self, other: "Basis", like: Tensor) -> Tensor:
+        """R = P₁ᵀP₂ from this basis to another, for tensors like this, at least in float32."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        mine, others = (b.matrix(like.device, dtype) for b in (self, other))
+        with torch.autocast(like.device.type, enabled=False):
+            return mine.T @ others
+
+    def turned(self, factor: Tensor, turn: Tensor) -> Tensor:
+        """F R, or Rᵀ F where the features come first, in the dtype of R."""
+        wide = factor.to(turn.dtype)
+        with torch.autocast(wide.device.type, enabled=False):
+            return wide @ turn if self.is_last(wide) else turn.T @ wide
+
     def change_to(self, other: "Basis", factor: Tensor) -> Tensor:
         """What a factor in this basis is in another one: F P₁ᵀP₂, at least in float32."""
-        wide = factor.to(torch.promote_types(factor.dtype, torch.float32))
-        mine, others = (b.matrix(wide.device, wide.dtype) for b in (self, other))
-        with torch.autocast(wide.device.type, enabled=False):
-            change = mine.T @ others
-            return wide @ change if self.is_last(wide) else change.T @ wide
+        return self.turned(factor, self.turn_to(other, factor))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,17 +316,6 @@ class TrackedBasis(Basis):
     @property
     def is_orthonormal(self) -> bool:
         return True
-
-    def change_squares_to(self, other: Basis, squares: Tensor) -> Tensor:
-        """What the second moment of a factor in this basis is in another one: V (R ∘ R), R = P₁ᵀP₂.
-
-        As if the entries of a row were independent; at least in float32.
-        """
-        wide = squares.to(torch.promote_types(squares.dtype, torch.float32))
-        mine, others = (b.matrix(wide.device, wide.dtype) for b in (self, other))
-        with torch.autocast(wide.device.type, enabled=False):
-            change = (mine.T @ others).square()
-            return wide @ change if self.is_last(wide) else change.T @ wide
 
 
 # --- on a GPU these are one fused kernel each; operator by operator they would be forty -----------

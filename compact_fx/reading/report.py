@@ -132,6 +132,7 @@ def _sums(plan: Plan) -> dict[str, int]:
         "flops_before": sum(cost.flops_before for cost in plan.account.sites),
         "flops_after": sum(cost.flops_after for cost in plan.account.sites),
         "projection_bytes": plan.account.projection_bytes,
+        "change_flops": plan.account.change_flops,
     }
 
 
@@ -144,7 +145,12 @@ def _totals(plan: Plan) -> str:
         f"{arrow(sums['bytes_before'], sums['bytes_after'], 1e6)} MB; weight gradients "
         f"{arrow(sums['flops_before'], sums['flops_after'], 1e9)} GFLOP"
         + (f" ({dearer} take more than before)" if dearer else "")
-        + (f"; tracked projections hold {digits(held / 1e6)} MB" if held else "")
+        + (
+            f"; tracked projections hold {digits(held / 1e6)} MB, to change them takes "
+            f"{digits(sums['change_flops'] / 1e9)} GFLOP"
+            if held
+            else ""
+        )
     )
 
 

@@ -67,7 +67,8 @@ def carry(state: dict[str, Any], old: Basis, new: Basis, refresh: Refresh) -> No
     """Bring a state into another basis.
 
     From one random projection to another as `refresh` says: as it is, projected, or not at all. In
-    tracked ones moments are rotated: with R = P₁ᵀP₂, M becomes M R and V becomes V (R ∘ R).
+    tracked ones moments are rotated: with R = P₁ᵀP₂, M becomes M R and V becomes V (R ∘ R), as if
+    the entries of a row were independent.
     """
     is_tracked = isinstance(old, TrackedBasis) and isinstance(new, TrackedBasis)
     if old is new or old.is_same(new) or (refresh == "keep" and not is_tracked):
@@ -75,17 +76,21 @@ def carry(state: dict[str, Any], old: Basis, new: Basis, refresh: Refresh) -> No
     if refresh == "reset":
         state.clear()
         return
+    turn: Tensor | None = None
     for name, moment in state.items():
         if not isinstance(moment, Tensor) or moment.dim() <= old.dim:
             continue
         if moment.shape[old.dim] != old.projection.rank:  # Adafactor's of the other side
             continue
-        if name in _LINEAR:
-            moment.copy_(old.change_to(new, moment))
-        elif name in _SQUARED and isinstance(old, TrackedBasis) and is_tracked:
-            moment.copy_(old.change_squares_to(new, moment))
-        elif is_tracked:
+        if not is_tracked:
+            if name in _LINEAR:
+                moment.copy_(old.change_to(new, moment))
+            continue
+        if name not in (*_LINEAR, *_SQUARED):
             _warn_of_unknown(name)
+            continue
+        turn = old.turn_to(new, moment) if turn is None else turn
+        moment.copy_(old.turned(moment, turn if name in _LINEAR else turn.square()))
 
 
 @functools.cache

@@ -173,8 +173,9 @@ def test_moments_are_rotated_from_one_version_to_another(dim):
     rotated = moment @ change if dim else change.T @ moment
     squares = moment.square() @ change.square() if dim else change.square().T @ moment.square()
     torch.testing.assert_close(old.change_to(new, moment), rotated)
-    torch.testing.assert_close(old.change_squares_to(new, moment.square()), squares)
-    assert (old.change_squares_to(new, moment.square()) >= 0).all()
+    turn = old.turn_to(new, moment)
+    torch.testing.assert_close(turn, change)
+    torch.testing.assert_close(old.turned(moment.square(), turn.square()), squares)
 
 
 def test_the_same_version_is_the_same_projection():

@@ -123,7 +123,7 @@ def test_data_has_stable_names(make_llama, tokens):
         "energies",
     ]
     totals = ["weights", "sketched", "bytes_before", "bytes_after", "flops_before", "flops_after"]
-    assert list(data["totals"]) == [*totals, "projection_bytes"]
+    assert list(data["totals"]) == [*totals, "projection_bytes", "change_flops"]
     (graph,) = data["graphs"]
     assert list(graph) == ["totals", "sites", "saved_before", "saved_after"]
     assert list(graph["sites"][0]) == [
@@ -185,6 +185,7 @@ def test_totals_are_of_all_graphs():
         "flops_before": 100,
         "flops_after": 10,
         "projection_bytes": 0,
+        "change_flops": 0,
     }
 
 
@@ -209,7 +210,7 @@ def test_tracked_projections_are_told_with_what_they_hold(tmp_path):
     text = report.table()
     held = report.plans[0].account.projection_bytes
     assert held == (64 * 16 + 32 * 8) * 8
-    assert f"tracked projections hold {held / 1e6:.3g} MB" in text
+    assert f"tracked projections hold {held / 1e6:.3g} MB, to change them takes" in text
     assert "out 32 → 8" in text
     for run in report.energies.values():
         assert f"{run[-1][1]:.2f}" in text

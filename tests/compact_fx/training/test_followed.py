@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from compact_fx import CompactAdamW, compact_backend, compact_optimizer, count_step, set_steps
-from compact_fx.training.followed import _warn_of_none
+from compact_fx.training.followed import _warn_of_none, change_those_due
 from compact_fx.training.gradients import SketchedGrad
 from compact_fx.training.moments import _warn_of_unknown
 from compact_fx.training.weights import known_record
@@ -175,6 +176,23 @@ def test_columns_that_follow_hold_more_of_the_gradient_than_chance():
         (_, first), (_, second) = followed.energies
         assert 0 < first <= 1
         assert second > max(first, RANK / N)
+
+
+def test_a_change_takes_the_flops_that_the_report_says():
+    model, settings = make(), backend()
+    step, optimizer = torch.compile(model, backend=settings), CompactAdamW(model.parameters())
+    train(model, step, optimizer, 1)
+    flops = []
+    for i in range(2):
+        with FlopCounterMode(display=False) as change:
+            change_those_due()
+        loss_of(step, data(i)).backward()
+        with FlopCounterMode(display=False) as rotation:
+            optimizer.step()
+        flops.append(change.get_total_flops() + rotation.get_total_flops())
+    assert generations(model) == [1, 1]
+    (plan,) = settings.report().plans
+    assert flops[0] - flops[1] == plan.account.change_flops > 0
 
 
 def test_steps_that_are_set_back_begin_anew():
