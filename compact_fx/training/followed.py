@@ -20,6 +20,11 @@ from compact_fx.projections import (
 from compact_fx.training.watch import Energies
 
 
+def first_version(projection: Projection, seed: int, device: torch.device) -> Version:
+    """P for the first step."""
+    return Version(projection(seed, device=device), 0)
+
+
 class Followed:
     """One tracked projection that weights share, in whatever graph.
 
@@ -99,8 +104,8 @@ class Followed:
         """Its weights have seen fewer steps: what it has become since is forgotten."""
         steps, self.gradient = self.steps(), None
         if self.changed_at > steps:
-            begin = self.projection(self.seed, device=self.version.matrix.device)
-            self.version, self.changed_at = Version(begin.to(self.dtype), 0), 0
+            device = self.version.matrix.device
+            self.version, self.changed_at = first_version(self.projection, self.seed, device), 0
             self.energies[:] = [(at, share) for at, share in self.energies if at <= steps]
             self._leaves.clear()
 
@@ -187,9 +192,9 @@ def _change_at_once(alike: "list[Followed]") -> None:
 def _explored(followed: Followed) -> Tensor:
     """Random directions for its next version, (features, columns that do not follow)."""
     p, version = followed.projection, followed.version
-    key = fold_in(followed.seed, p.salt, version.generation + 1)
-    source = torch.full((), key, dtype=torch.int64, device=version.matrix.device)
     columns = p.rank - followed.columns
     if not columns:
         return version.matrix.new_empty(p.features, 0, dtype=torch.float32)
+    key = fold_in(followed.seed, p.salt, version.generation + 1)
+    source = torch.full((), key, dtype=torch.int64, device=version.matrix.device)
     return matrix_of(source, p.features, columns, "gaussian", torch.float32)

@@ -82,15 +82,13 @@ def carry(state: dict[str, Any], old: Basis, new: Basis, refresh: Refresh) -> No
             continue
         if moment.shape[old.dim] != old.projection.rank:  # Adafactor's of the other side
             continue
-        if not is_tracked:
-            if name in _LINEAR:
-                moment.copy_(old.change_to(new, moment))
-            continue
-        if name not in (*_LINEAR, *_SQUARED):
+        if is_tracked and name in (*_LINEAR, *_SQUARED):
+            turn = old.turn_to(new, moment) if turn is None else turn
+            moment.copy_(old.turned(moment, turn if name in _LINEAR else turn.square()))
+        elif is_tracked:
             _warn_of_unknown(name)
-            continue
-        turn = old.turn_to(new, moment) if turn is None else turn
-        moment.copy_(old.turned(moment, turn if name in _LINEAR else turn.square()))
+        elif name in _LINEAR:
+            moment.copy_(old.change_to(new, moment))
 
 
 @functools.cache

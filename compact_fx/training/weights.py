@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from compact_fx import _torch
 from compact_fx.plan import Side
 from compact_fx.projections import Basis, Projection, Version
-from compact_fx.training.followed import Followed
+from compact_fx.training.followed import Followed, first_version
 from compact_fx.training.watch import Watch
 
 
@@ -53,7 +53,7 @@ class Group:
         """Its tracked projection of this shape; a new one begins at random."""
         shape = (projection.features, projection.rank)
         if shape not in self.followed:
-            version = Version(projection(seed, device=device), 0)
+            version = first_version(projection, seed, device)
             self.followed[shape] = Followed(projection, seed, self.steps_so_far, version)
         return self.followed[shape]
 

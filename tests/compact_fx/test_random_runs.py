@@ -666,9 +666,8 @@ class Reference:
                 self.change_basis(state, p)
             coupled = 0.0 if adam else decay * self.compress(weight, way.basis)
             scale = group["scale"]
-            if (
-                adam and way.basis.projection.is_tracked
-            ):  # its updates do not grow with the gradient
+            # Adam's updates do not grow with the gradient.
+            if adam and way.basis.projection.is_tracked:
                 scale *= (p.shape[0] / p.shape[1]) ** 0.5
             update = scale * self.update(state, sign * way.gradient + coupled, lr)
             update = self.expand(update, way.basis)
