@@ -33,6 +33,7 @@ def test_configs_are_llamas(config: Path):
     assert llama.hidden_size % llama.num_attention_heads == 0
 
 
+@pytest.mark.long
 def test_inspect_graphs_prints_both():
     """A sketch in place of the linear layer's input, and of the block's matmul inputs."""
     command = [sys.executable, str(EXAMPLES / "inspect_graphs.py")]

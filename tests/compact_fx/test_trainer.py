@@ -98,7 +98,8 @@ def test_sketched_gradients(train, arguments):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("gradients", [pytest.param("dense", marks=pytest.mark.long), "sketched"])
+@pytest.mark.long
+@pytest.mark.parametrize("gradients", ["dense", "sketched"])
 def test_resuming_gives_the_same_losses(train, gradients, make_llama, tmp_path):
     """Bit for bit, over a change of projections, and the checkpoint loads without this package."""
     settings = {"gradients": gradients, "update_interval": 4}
