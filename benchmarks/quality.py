@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from compact_fx import CompactAdamW, CompactConfig, compact_backend
+from compact_fx import CompactAdamW, CompactConfig, compact_backend, compact_optimizer
 
 SHAPES = {  # hidden, layers, MLP, heads, vocabulary, sequences, tokens in each
     "tiny": (128, 4, 344, 4, sources.BYTES, 16, 128),
@@ -42,7 +42,7 @@ SHAPES = {  # hidden, layers, MLP, heads, vocabulary, sequences, tokens in each
     "60m": (512, 8, 1376, 8, 2**14, 64, 512),
     "130m": (768, 12, 2048, 12, 2**14, 64, 512),
 }
-METHODS = ("adamw", "compact", "muon", "galore", "apollo")
+METHODS = ("adamw", "compact", "muon", "compact muon", "galore", "apollo")
 STEPPING = ("scale", "dense_scale", "refresh")  # of sketched weights: goes to CompactAdamW
 OPTIONAL = (*(f.name for f in fields(CompactConfig) if f.name not in DEFAULTS), *STEPPING)
 CHUNKS = 40  # parts of a run; the first, which compiles, is not timed
@@ -60,7 +60,7 @@ def settings_of(run: Run, args: argparse.Namespace) -> Run:
         raise ValueError(f"{run}: unknown {', '.join(sorted(unknown))}")
     if settings["model"] not in SHAPES or settings["method"] not in METHODS:
         raise ValueError(f"{run}: models {', '.join(SHAPES)}; methods {', '.join(METHODS)}")
-    if settings["method"] in ("compact", "galore", "apollo") and settings["rank"] is None:
+    if settings["method"] not in ("adamw", "muon") and settings["rank"] is None:
         raise ValueError(f"{run}: no rank")
     return settings
 
@@ -98,16 +98,26 @@ def make_optimizers(model: nn.Module, settings: Run) -> list[Optimizer]:
     common = {"lr": lr, "betas": settings["betas"], "weight_decay": settings["weight_decay"]}
     if method == "adamw" or (method == "compact" and settings.get("gradients") != "sketched"):
         return [torch.optim.AdamW(model.parameters(), fused=True, **common)]
+    own = {k: settings[k] for k in STEPPING if k in settings}
     if method == "compact":
-        own = {k: settings[k] for k in STEPPING if k in settings}
         return [CompactAdamW(model.parameters(), fused=True, **common, **own)]
     linear = [m.weight for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
     rest = [p for p in model.parameters() if all(p is not weight for weight in linear)]
-    if method == "muon":
-        muon = torch.optim.Muon(
-            linear, lr=lr, weight_decay=settings["weight_decay"], adjust_lr_fn="match_rms_adamw"
-        )
-        return [muon, torch.optim.AdamW(rest, fused=True, **common)]
+    if "muon" in method:
+        muon = {
+            "lr": lr,
+            "weight_decay": settings["weight_decay"],
+            "adjust_lr_fn": "match_rms_adamw",
+        }
+        if method == "muon":
+            return [
+                torch.optim.Muon(linear, **muon),
+                torch.optim.AdamW(rest, fused=True, **common),
+            ]
+        return [
+            compact_optimizer(torch.optim.Muon, linear, decoupled_weight_decay=True, **muon, **own),
+            CompactAdamW(rest, fused=True, **common, **own),
+        ]
     groups: dict[int, list[nn.Parameter]] = defaultdict(list)
     for weight in linear:
         rank, least = settings["rank"], min(weight.shape)
@@ -181,7 +191,8 @@ def train(settings: Run, text: list[Tensor], device: torch.device) -> Run:
     name, steps = settings["model"], settings["steps"]
     model = make_model(settings, device)
     backend: Any = settings["inner"]
-    if settings["method"] == "compact":
+    sketched = settings["method"].startswith("compact")
+    if sketched:
         known = {f.name for f in fields(CompactConfig)} & settings.keys()
         backend = compact_backend(**{k: settings[k] for k in known})
     compiled = torch.compile(model, backend=backend)
@@ -234,7 +245,7 @@ def train(settings: Run, text: list[Tensor], device: torch.device) -> Run:
         row["tokens_per_s"] = tokens.numel() / seconds * (step - chunk)
         row["compile_s"] = first - chunk * row["step_ms"] / 1e3
     row["peak_gb"] = peak / 1e9 or None
-    if settings["method"] == "compact":
+    if sketched:
         energies = backend.report().energies
         row["energies"] = {weight: held[-1][1] for weight, held in energies.items() if held}
     return row
