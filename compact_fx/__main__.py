@@ -54,9 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     rank_help = "a fraction of in_features (0.25), or a number of columns"
     model.add_argument("--rank", type=_rank, default=CompactConfig.rank, help=rank_help)
     modes = ["dense", "sketched"]
-    model.add_argument("--gradients", default="dense", choices=modes, help="of the report (dense)")
-    default = CompactConfig.projection
-    model.add_argument("--projection", default=default, choices=KINDS, help=f"({default})")
+    default = CompactConfig.gradients
+    of_report = f"of the report ({default})"
+    model.add_argument("--gradients", default=default, choices=modes, help=of_report)
+    kinds = "(tracked for sketched gradients, countsketch for dense ones)"
+    model.add_argument("--projection", choices=KINDS, help=kinds)
     excluded = "name patterns of weights to leave alone, such as 'lm_head*'"
     model.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help=excluded)
     model.add_argument("--no-recompute", action="store_true", help="recompute=False")

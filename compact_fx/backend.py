@@ -42,7 +42,7 @@ class CompactBackend:
         self._watch = Watch()
         self._names: set[str] = set()
         self._earlier_breaks = _torch.graph_breaks()
-        if config.projection == "tracked" and config.gradients == "dense":
+        if config.kind == "tracked" and config.gradients == "dense":
             warnings.warn(
                 "projection='tracked' with gradients='dense': the moments of an optimizer do not "
                 "follow the projection, which trains badly; use gradients='sketched' with "

@@ -21,10 +21,12 @@ class CompactConfig:
         rank: columns of a sketch. A float in (0, 1] is a fraction of each weight's in_features,
             an int ≥ 1 an absolute rank; a mapping of name pattern → either gives the first match,
             and weights that match none are left alone.
-        gradients: "dense" gives every weight a `.grad` of its own shape. "sketched" gives it a
-            `SketchedGrad` that holds the (out_features, rank) factor: for `CompactAdamW`.
-        projection: "tracked" follows the gradient. The others are random: "countsketch" (its
-            products are gathers, not matmuls), "gaussian" (the paper's), "rademacher", "sparse" or
+        gradients: "sketched" gives every weight a `SketchedGrad` that holds the
+            (out_features, rank) factor: for `CompactAdamW` or `compact_optimizer`. "dense" gives
+            it a `.grad` of its own shape, for any optimizer; costs some 10 % of the loss.
+        projection: "tracked" follows the gradient; None is this for sketched gradients and
+            "countsketch" for dense ones. The others are random: "countsketch" (its products are
+            gathers, not matmuls), "gaussian" (the paper's), "rademacher", "sparse" or
             "orthogonal"; see `random_projection`.
         update_interval: optimizer steps after which a weight's projection changes (T in the
             paper); None is 40 for tracked projections and 200 for others.
@@ -47,8 +49,8 @@ class CompactConfig:
     """
 
     rank: Rank | Mapping[str, Rank] = 0.25
-    gradients: Literal["dense", "sketched"] = "dense"
-    projection: Kind = "countsketch"
+    gradients: Literal["dense", "sketched"] = "sketched"
+    projection: Kind | None = None
     update_interval: int | None = None
     track_every: int = 8
     follow: float = 0.25
@@ -73,7 +75,8 @@ class CompactConfig:
         else:
             _check_rank("rank", self.rank)
         _check_choice("gradients", self.gradients, ("dense", "sketched"))
-        _check_choice("projection", self.projection, KINDS)
+        if self.projection is not None:
+            _check_choice("projection", self.projection, KINDS)
         _check_choice("place", self.place, get_args(Place))
         _check_choice("inner", self.inner, get_args(Inner))
         if self.update_interval is not None:
@@ -92,11 +95,18 @@ class CompactConfig:
         object.__setattr__(self, "options", dict(self.options))
 
     @property
+    def kind(self) -> Kind:
+        """`projection`, or what it is for these gradients."""
+        if self.projection is not None:
+            return self.projection
+        return "tracked" if self.gradients == "sketched" else "countsketch"
+
+    @property
     def interval(self) -> int:
         """`update_interval`, or what it is for this kind of projection."""
         if self.update_interval is not None:
             return self.update_interval
-        return 40 if self.projection == "tracked" else 200
+        return 40 if self.kind == "tracked" else 200
 
     def rank_of(self, name: str) -> Rank | None:
         """The rank asked for of this weight, or None if no pattern names it."""

@@ -3,9 +3,10 @@
     python examples/pretrain_llama.py
     python examples/pretrain_llama.py --config 130m --rank 0.125 --batch 32 --seq 256
 
-The model is the one in transformers, unmodified, and the optimizer is torch.optim.AdamW. Every
-backend starts from the same weights and sees the same batches. The text is the source code of the
-Python standard library, byte by byte, so nothing is downloaded.
+The model is the one in transformers, unmodified. The optimizer is torch.optim.AdamW, with the same
+settings in CompactAdamW where gradients are sketched. Every backend starts from the same weights
+and sees the same batches. The text is the source code of the Python standard library, byte by byte,
+so nothing is downloaded.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from compact_fx import CompactBackend, CompactConfig, compact_backend
+from compact_fx import CompactAdamW, CompactBackend, CompactConfig, compact_backend
 from compact_fx.projections import KINDS
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -116,7 +117,9 @@ def make_parser() -> Parser:
     add("--config", default="tiny", help=f"{', '.join(config_names())}, or a path to a JSON file")
     add("--backend", nargs="+", choices=BACKENDS, default=BACKENDS, help="which to compare")
     add("--rank", type=rank, default=0.25, help="of the sketches: a fraction, or an int")
-    add("--projection", default=CompactConfig.projection, choices=KINDS, help="of the sketches")
+    modes = ("sketched", "dense")
+    add("--gradients", default=CompactConfig.gradients, choices=modes, help="of sketched weights")
+    add("--projection", choices=KINDS, help="of the sketches (tracked; countsketch where dense)")
     add("--update-interval", type=int, help="steps after which projections change (by their kind)")
     add("--steps", type=at_least(UNTIMED_STEPS + 1), default=300, help="optimizer steps")
     add("--batch", type=at_least(1), default=8, help="sequences in a batch")
@@ -210,7 +213,9 @@ def train(name: str, config: LlamaConfig, text: tuple[Tensor, Tensor], args: Any
     model = make_model(config, args.seed, device)
     backend = compact_backend(**args.settings) if name == "compact" else name
     compiled = model if name == "eager" else torch.compile(model, backend=backend)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+    sketched = name == "compact" and args.gradients == "sketched"
+    adamw = CompactAdamW if sketched else torch.optim.AdamW
+    optimizer = adamw(model.parameters(), lr=args.lr)
     schedule = make_schedule(optimizer, args.steps)
     training, validation = (batches(part, args.batch, args.seq, args.seed) for part in text)
     held_out = [tokens.to(device) for tokens in islice(validation, VALIDATION_BATCHES)]
@@ -329,6 +334,7 @@ def parse_arguments() -> tuple[argparse.Namespace, LlamaConfig]:
     args = parser.parse_args()
     args.settings = {
         "rank": args.rank,
+        "gradients": args.gradients,
         "projection": args.projection,
         "update_interval": args.update_interval,
         "seed": args.seed,

@@ -69,7 +69,7 @@ def list_sites(
             salt=salts[site.index],
             features=site.features,
             rank=site.rank,
-            kind=config.projection,
+            kind=config.kind,
             dtype=use.projected.meta["val"].dtype,
         )
         key = (projection, connected[site.index] if projection.is_tracked else 0)
@@ -100,7 +100,7 @@ def list_sites(
         sites=tuple(sites),
         projections=tuple(projection for projection, _ in numbers),
         inputs=(*drawn, *factors),
-        track_every=config.track_every if config.projection == "tracked" else 1,
+        track_every=config.track_every if config.kind == "tracked" else 1,
     )
     return plan, uses
 
@@ -131,9 +131,9 @@ def _site(bare: Site, use: Use, config: CompactConfig, on_input: bool) -> Site:
         return replace(bare, reason="no pattern of rank matches")
     if n < config.min_features:
         return replace(bare, reason=f"in_features {n} < min_features {config.min_features}")
-    if config.projection == "tracked" and use.matmul.target is GROUPED_PRODUCT:
+    if config.kind == "tracked" and use.matmul.target is GROUPED_PRODUCT:
         return replace(bare, reason="a grouped matmul of this dtype is not tracked")
-    on_output = config.projection == "tracked" and config.min_features <= m < n and not on_input
+    on_output = config.kind == "tracked" and config.min_features <= m < n and not on_input
     if on_output and resolve_rank(rank, m) <= m:
         bare, n = replace(bare, side="output"), m
     if (columns := resolve_rank(rank, n)) > n:

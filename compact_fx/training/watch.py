@@ -30,6 +30,7 @@ class Watch:
         self.unsketched: Counter[str] = Counter()
         self.steps_unseen = False
         self.energies: dict[str, Energies] = {}
+        self._is_dense = False
         self._limit_hits = _torch.recompile_limit_hits()
 
     def energies_of(self, weight: str, so_far: Energies) -> Energies:
@@ -57,6 +58,18 @@ class Watch:
         else:
             reason = "gradients came from elsewhere: an eager run, or another compilation"
         self.ran_unsketched(reason)
+
+    def stepped_densely(self, optimizer: str) -> None:
+        """An optimizer that does not know factors has stepped sketched gradients."""
+        if not self._is_dense:
+            warnings.warn(
+                f"{optimizer} makes sketched gradients dense: gradients and moments take the memory "
+                "of full ones, and moments do not follow a projection that changes, which costs "
+                f"quality. Use CompactAdamW or compact_optimizer({optimizer}, ...), or "
+                "gradients='dense'",
+                stacklevel=5,
+            )
+        self._is_dense = True
 
     def nobody_steps(self) -> None:
         """The weights change, and no optimizer was seen to step them."""

@@ -18,6 +18,7 @@ from compact_fx import _torch
 from compact_fx.plan import Side
 from compact_fx.projections import Basis, Projection, Version
 from compact_fx.training.followed import Followed, first_version
+from compact_fx.training.gradients import SketchedGrad
 from compact_fx.training.watch import Watch
 
 
@@ -231,14 +232,24 @@ def _on_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 def use_gradients(optimizer: Optimizer, weights: Iterable[Tensor]) -> None:
     """An optimizer has made a step with the gradients of these weights."""
     _note_change()
+    knows_factors = hasattr(optimizer, "_step_in_backward")
     unsketched: set[Watch] = set()
+    made_dense: set[Watch] = set()
     for weight in weights:
         if weight.grad is not None and (record := _records.get(weight)) is not None:
+            before = record.steps
             sketched = record.use(weight.grad, optimizer)
-            if not sketched and record.watch is not None:
+            if record.watch is None:
+                continue
+            if not sketched:
                 unsketched.add(record.watch)
+            elif isinstance(weight.grad, SketchedGrad) and not knows_factors:
+                if record.steps > before:  # otherwise one within it has, which knows them
+                    made_dense.add(record.watch)
     for watch in unsketched:
         watch.stepped_unsketched()
+    for watch in made_dense:
+        watch.stepped_densely(type(optimizer).__name__)
 
 
 def count_step(weights: Iterable[Tensor]) -> None:
