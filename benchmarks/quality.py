@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections import defaultdict
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ SHAPES = {  # hidden, layers, MLP, heads, vocabulary, sequences, tokens in each
     "130m": (768, 12, 2048, 12, 2**14, 64, 512),
 }
 METHODS = ("adamw", "compact", "muon", "compact muon", "galore", "apollo")
-STEPPING = ("scale", "dense_scale", "refresh")  # of sketched weights: goes to CompactAdamW
+STEPPING = ("scale", "refresh")  # of sketched weights: goes to CompactAdamW
 OPTIONAL = (*(f.name for f in fields(CompactConfig) if f.name not in DEFAULTS), *STEPPING)
 CHUNKS = 40  # parts of a run; the first, which compiles, is not timed
 VALIDATIONS = 4
@@ -96,28 +97,22 @@ def make_optimizers(model: nn.Module, settings: Run) -> list[Optimizer]:
     """What steps the model; attention and MLP matrices are what other methods treat apart."""
     method, lr = settings["method"], settings["lr"]
     common = {"lr": lr, "betas": settings["betas"], "weight_decay": settings["weight_decay"]}
-    if method == "adamw" or (method == "compact" and settings.get("gradients") != "sketched"):
-        return [torch.optim.AdamW(model.parameters(), fused=True, **common)]
     own = {k: settings[k] for k in STEPPING if k in settings}
-    if method == "compact":
-        return [CompactAdamW(model.parameters(), fused=True, **common, **own)]
     linear = [m.weight for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
-    rest = [p for p in model.parameters() if all(p is not weight for weight in linear)]
-    if "muon" in method:
-        muon = {
-            "lr": lr,
-            "weight_decay": settings["weight_decay"],
-            "adjust_lr_fn": "match_rms_adamw",
-        }
-        if method == "muon":
-            return [
-                torch.optim.Muon(linear, **muon),
-                torch.optim.AdamW(rest, fused=True, **common),
-            ]
-        return [
-            compact_optimizer(torch.optim.Muon, linear, decoupled_weight_decay=True, **muon, **own),
-            CompactAdamW(rest, fused=True, **common, **own),
-        ]
+    others = [p for p in model.parameters() if all(p is not weight for weight in linear)]
+    rest = {"params": others, "lr": lr * settings["rest_lr"]}
+    adamw: Any = torch.optim.AdamW
+    if method.startswith("compact") and settings.get("gradients") != "dense":
+        adamw = partial(CompactAdamW, **own)
+    if method in ("adamw", "compact"):
+        return [adamw([{"params": linear}, rest], fused=True, **common)]
+    if method in ("muon", "compact muon"):
+        muon: Any = torch.optim.Muon
+        if method == "compact muon":
+            muon = partial(compact_optimizer, muon, decoupled_weight_decay=True, **own)
+        decay = settings["weight_decay"]
+        first = muon(linear, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        return [first, adamw([rest], fused=True, **common)]
     groups: dict[int, list[nn.Parameter]] = defaultdict(list)
     for weight in linear:
         rank, least = settings["rank"], min(weight.shape)
@@ -130,8 +125,7 @@ def make_optimizers(model: nn.Module, settings: Run) -> list[Optimizer]:
         own |= {"scale": settings.get("scale", 1.0), "proj": "random", "scale_type": "channel"}
         optimizer_class = low_rank_class("apollo_torch", "apollo")
     low_rank = [{"params": weights, "rank": rank, **own} for rank, weights in groups.items()]
-    first = {"params": rest, "lr": lr * settings.get("dense_scale", 1.0)}
-    return [optimizer_class([first, *low_rank], no_deprecation_warning=True, **common)]
+    return [optimizer_class([rest, *low_rank], no_deprecation_warning=True, **common)]
 
 
 def make_schedules(optimizers: list[Optimizer], settings: Run) -> list[LambdaLR]:

@@ -16,6 +16,7 @@ DEFAULTS: Run = {
     "method": "adamw",
     "rank": None,
     "lr": 1e-3,
+    "rest_lr": 1.0,  # multiplies lr of embeddings, head and norms
     "seed": 0,  # of the weights, the order of the text and projections
     "steps": 1000,
     "betas": [0.9, 0.999],

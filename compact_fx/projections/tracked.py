@@ -66,7 +66,9 @@ def orthonormal(matrices: Tensor) -> Tensor:
     each column. In float64, where it stands condition numbers of 10⁷; beyond, it is Householder's.
     """
     result = matrices
-    identity = torch.eye(matrices.shape[2]).to(matrices).expand(len(matrices), -1, -1)
+    identity = torch.eye(matrices.shape[2], dtype=matrices.dtype, device=matrices.device).expand(
+        len(matrices), -1, -1
+    )
     for _ in range(2):
         lower, _ = torch.linalg.cholesky_ex(result.mT @ result)
         # The inverse of a small matrix and a product take less than a solution of many columns.

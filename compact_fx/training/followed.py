@@ -56,6 +56,7 @@ class Followed:
         self.interval: int | None = None
         self.columns = 0
         self.energies: Energies = []
+        self._room: Tensor | None = None  # where Y is: lasting tensors stay where they are
         self._leaves: dict[torch.dtype, Tensor] = {}
         _all.append(weakref.ref(self))
 
@@ -69,6 +70,7 @@ class Followed:
         if self.version.matrix.device != device:
             self.version = Version(self.version.matrix.to(device), self.version.generation)
             self.gradient = None if self.gradient is None else self.gradient.to(device)
+            self._room = None
             self._leaves.clear()
 
     def leaf(self, dtype: torch.dtype) -> Tensor:
@@ -87,6 +89,15 @@ class Followed:
             )
             self._leaves[dtype] = leaf
         return leaf
+
+    def receive(self, gradient: Tensor) -> None:
+        """Add what a backward pass says to Y."""
+        if self.gradient is not None:
+            self.gradient.add_(gradient)
+            return
+        if self._room is None:
+            self._room = torch.empty_like(self.version.matrix, dtype=torch.float32)
+        self.gradient = self._room.copy_(gradient)
 
     @property
     def is_due(self) -> bool:
@@ -132,10 +143,7 @@ def _receive(leaf: Tensor, followed: Followed | None, version: Version) -> None:
     gradient, leaf.grad = leaf.grad, None
     if gradient is None or followed is None or followed.version is not version:
         return
-    if followed.gradient is None:
-        followed.gradient = gradient.to(torch.float32, copy=True)
-    else:
-        followed.gradient.add_(gradient)
+    followed.receive(gradient)
 
 
 @functools.cache
