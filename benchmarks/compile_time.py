@@ -37,7 +37,7 @@ def compile_once(backend_name: str, device: str) -> None:
     tokens = torch.randint(0, 256, (4, 128), device=device)
     backend = "inductor"
     if backend_name != "inductor":
-        kind = {"compact": {}, "tracked": {"projection": "tracked", "gradients": "sketched"}}
+        kind = {"compact": {"gradients": "dense"}, "tracked": {}}
         backend = compact_backend(rank=0.25, strict=True, **kind[backend_name])
     compiled = torch.compile(model, backend=backend)
 

@@ -42,7 +42,9 @@ class Variant:
     passes: int = 1
 
 
-QUARTER, EIGHTH = {"rank": 0.25}, {"rank": 0.125}
+# Dense gradients and countsketches unless the name says something else; "tracked" is the default.
+RANDOM = {"gradients": "dense", "projection": "countsketch"}
+QUARTER, EIGHTH = RANDOM | {"rank": 0.25}, RANDOM | {"rank": 0.125}
 SKETCHED, GAUSSIAN = {"gradients": "sketched"}, {"projection": "gaussian"}
 TRACKED = SKETCHED | {"projection": "tracked"}
 VARIANTS = {
