@@ -300,6 +300,33 @@ def _splice_outputs(graph: fx.Graph, start: int, stop: int, nodes: Sequence[fx.N
         output.meta["desc"] = [*descriptors[:start], *dummies, *descriptors[stop:]]
 
 
+def replace_saved(graph: fx.Graph, at: int, nodes: Sequence[fx.Node]) -> None:
+    """In a forward graph, put these nodes in place of output `at`, which it saves."""
+    saved = graph.output_node().args[0][at]  # type: ignore[index,union-attr]
+    for node in nodes:
+        _copy_check(saved, node)  # type: ignore[arg-type]
+    _splice_outputs(graph, at, at + 1, nodes)
+
+
+def replace_received(placeholder: fx.Node, nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """In a backward graph, placeholders for these nodes of the forward, in front of this one."""
+    received = []
+    for number, node in enumerate(nodes):
+        with placeholder.graph.inserting_before(placeholder):
+            new = placeholder.graph.placeholder(f"{placeholder.name}_part_{number}")
+        new.meta["val"] = node.meta["val"]
+        _copy_check(placeholder, new)
+        received.append(new)
+    return received
+
+
+def _copy_check(old: fx.Node, new: fx.Node) -> None:
+    """Tensors that AOTAutograd saves without a check of their version come last: these as well."""
+    unchecked = "saved_tensor_with_no_vc_check"
+    if unchecked in old.meta:
+        new.meta[unchecked] = old.meta[unchecked]
+
+
 def trace(function: Callable[..., Any], *args: torch.Tensor) -> fx.GraphModule:
     """The function's aten graph on fake tensors, decomposed as Inductor wants it."""
     with fake_mode_of(args[0]):

@@ -39,6 +39,8 @@ class CompactConfig:
         min_features: weights with fewer in_features are left alone.
         recompute: let the partitioner rebuild matmul inputs in the backward pass from what other
             operators keep anyway; exact, and costs about half a percent of a step.
+        saved: "int8" or "fp8" stores large values that cross in 8 bits, with a scale for each 128
+            neighbours, and masks in single ones; "keep" as they are.
         place: where sketches are taken. "auto" takes them in the forward pass where that makes an
             activation unnecessary and in the backward pass where the activation is there anyway.
         inner: "inductor", or "aot_eager" to run the same graphs without code generation.
@@ -59,6 +61,7 @@ class CompactConfig:
     exclude: tuple[str, ...] = ()
     min_features: int = 32
     recompute: bool = True
+    saved: Literal["keep", "int8", "fp8"] = "keep"
     place: Place = "auto"
     inner: Inner = "inductor"
     mode: str | None = None
@@ -77,6 +80,7 @@ class CompactConfig:
         _check_choice("gradients", self.gradients, ("dense", "sketched"))
         if self.projection is not None:
             _check_choice("projection", self.projection, KINDS)
+        _check_choice("saved", self.saved, ("keep", "int8", "fp8"))
         _check_choice("place", self.place, get_args(Place))
         _check_choice("inner", self.inner, get_args(Inner))
         if self.update_interval is not None:

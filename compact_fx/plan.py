@@ -9,6 +9,7 @@ from compact_fx.projections import Projection
 
 Placement = Literal["early", "late"]
 Side = Literal["input", "output"]
+LowBit = Literal["int8", "fp8"]
 SavedKind = Literal["sketch", "matmul input", "attention", "norm or activation", "index or mask"]
 SAVED_KINDS: tuple[SavedKind, ...] = get_args(SavedKind)
 
@@ -170,6 +171,7 @@ class Plan:
         inputs: what the graph gets beyond its own inputs, in that order, by their role.
         recompute: whether matmul inputs may be rebuilt in the backward pass.
         track_every: tracked projections see every so many tokens.
+        saved: what large values cross in; None for their own dtype.
         account: what it costs; not compared, and not in the keys of caches.
     """
 
@@ -178,6 +180,7 @@ class Plan:
     inputs: tuple[ProjectionInput | FactorInput, ...] = ()
     recompute: bool = False
     track_every: int = 1
+    saved: LowBit | None = None
     account: Account = field(default_factory=Account, compare=False, repr=False)
 
     @property
@@ -214,5 +217,6 @@ class Plan:
             for s in self.sketched
         ]
         projections = [(p.features, p.rank, p.kind, str(p.dtype)) for p in self.projections]
-        decisions = repr((sites, projections, self.inputs, self.recompute, self.track_every))
+        others = (self.inputs, self.recompute, self.track_every, self.saved)
+        decisions = repr((sites, projections, *others))
         return hashlib.sha256(decisions.encode()).hexdigest()

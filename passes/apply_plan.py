@@ -13,6 +13,7 @@ from compact_fx.passes.expand_projections import expand_projections
 from compact_fx.passes.joint_graph import JointGraph
 from compact_fx.passes.partition import Partition, partition
 from compact_fx.passes.rewrite_weight_grads import rewrite_weight_grads
+from compact_fx.passes.store_low_bit import store_low_bit
 from compact_fx.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,11 @@ def cut(rewritten: Rewritten, plan: Plan) -> Partition:
         for node in rewritten.sketches[site.sketch]
     }
     with observed("partition", rewritten.joint.module):
-        return partition(rewritten.joint, recompute=plan.recompute, early=tuple(early))
+        halves = partition(rewritten.joint, recompute=plan.recompute, early=tuple(early))
+    if plan.saved is None:
+        return halves
+    with observed("store_low_bit", halves.forward):
+        return store_low_bit(halves, plan.saved)
 
 
 def apply_plan(joint: JointGraph, plan: Plan) -> Partition:
@@ -57,7 +62,7 @@ def apply_plan(joint: JointGraph, plan: Plan) -> Partition:
 
     ::
 
-        joint ─► with_inputs ─► rewrite_weight_grads ─► partition ─► forward, backward
+        joint ─► with_inputs ─► rewrite_weight_grads ─► partition ─► store_low_bit
 
     Projections are still one node each, as people read them; `expand` makes them operators.
 

@@ -105,8 +105,8 @@ def costs_of(
             counted |= kept
         costs.append(
             SiteCost(
-                bytes_before=sum(before.saved_by_storage[s].bytes for s in kept & before.storages),
-                bytes_after=sum(after.saved_by_storage[s].bytes for s in kept & after.storages),
+                bytes_before=before.bytes_for(kept),
+                bytes_after=after.bytes_for(kept),
                 flops_before=flops_before,
                 flops_after=flops_after,
             )

@@ -146,6 +146,18 @@ def is_relabelling(node: fx.Node) -> bool:
     return node.op == "call_function" and operator_base(node) in _RELABELLING_NAMES
 
 
+def is_view(node: fx.Node) -> bool:
+    """Whether a node reads its input's memory in another shape or order, with fixed sizes."""
+    if node.target not in PERMUTING | RESHAPING | {aten.alias.default}:
+        return False
+    source = node.args[0]
+    return (
+        isinstance(source, fx.Node)
+        and storage_of(source) == storage_of(node)
+        and node.all_input_nodes == [source]
+    )
+
+
 def is_tensor(node: fx.Node) -> bool:
     """Whether the node's value is a tensor, and not a symbolic size."""
     return isinstance(node.meta.get("val"), torch.Tensor)

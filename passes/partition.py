@@ -1,7 +1,9 @@
 """Cut the joint graph in two and say what crosses."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx
 
@@ -28,14 +30,61 @@ class Partition:
     """The two graphs and what the forward keeps for the backward.
 
     Attributes:
-        results: the forward's outputs that are not for the backward alone.
-        saved_by_storage: one for each storage that is no parameter, buffer or key.
+        num_fwd_outputs: how many of the forward's outputs are not for the backward alone.
+        lasting: storages that are there anyway, of parameters, buffers and keys.
+        packed: storage of a part that crosses → of what it is a part of, and its description.
     """
 
     forward: fx.GraphModule
     backward: fx.GraphModule
-    results: tuple[fx.Node, ...]
-    saved_by_storage: dict[int, Saved]
+    num_fwd_outputs: int
+    lasting: frozenset[int]
+    packed: Mapping[int, tuple[int, Saved]] = field(default_factory=dict)
+
+    @property
+    def results(self) -> tuple[fx.Node, ...]:
+        """The forward's outputs that are not for the backward alone."""
+        outputs = self._outputs[: self.num_fwd_outputs]
+        return tuple(node for node in outputs if isinstance(node, fx.Node))
+
+    @property
+    def _outputs(self) -> list[Any]:
+        return list(self.forward.graph.output_node().args[0])  # type: ignore[arg-type]
+
+    def crossing(self) -> Iterator[tuple[int, fx.Node, fx.Node]]:
+        """Tensors that cross: at which output, the forward's node, and the backward's input.
+
+        Raises:
+            CannotCompact: the two halves do not fit together.
+        """
+        received = filter(is_tensor, self.backward.graph.find_nodes(op="placeholder"))
+        for at, node in enumerate(self._outputs):
+            if at < self.num_fwd_outputs or not (isinstance(node, fx.Node) and is_tensor(node)):
+                continue
+            arriving = next(received, None)
+            if arriving is None or arriving.meta["val"].shape != node.meta["val"].shape:
+                raise CannotCompact("what the forward saves is not what the backward receives")
+            yield at, node, arriving
+
+    @functools.cached_property
+    def saved_by_storage(self) -> dict[int, Saved]:
+        """What crosses, one for each storage that does not last."""
+        saved: dict[int, Saved] = {}
+        for _, node, received in self.crossing():
+            storage = storage_of(node)
+            if storage in self.packed:
+                saved[storage] = self.packed[storage][1]
+            elif storage not in self.lasting and storage not in saved:
+                saved[storage] = _describe(node, received)
+        return saved
+
+    def bytes_for(self, storages: Set[int]) -> int:
+        """Bytes that cross of these storages, packed or not."""
+        return sum(
+            saved.bytes
+            for storage, saved in self.saved_by_storage.items()
+            if self.packed.get(storage, (storage,))[0] in storages
+        )
 
     @property
     def saved(self) -> tuple[Saved, ...]:
@@ -81,17 +130,11 @@ def partition(joint: JointGraph, *, recompute: bool, early: Sequence[fx.Node] = 
         in_forward=early,
     )
     # Views of parameters cross as well; their storages are there anyway.
-    free = {storage_of(node) for node in joint.static_placeholders()}
-    saved: dict[int, Saved] = {}
-    received = {node.name: node for node in backward.graph.find_nodes(op="placeholder")}
-    outputs = list(forward.graph.output_node().args[0])  # type: ignore[arg-type]
-    for node in outputs[joint.num_fwd_outputs :]:
-        if isinstance(node, fx.Node) and node.target is RANDOM_PROJECTION:
-            raise CannotCompact("the partitioner would save a projection")
-        if isinstance(node, fx.Node) and is_tensor(node) and storage_of(node) not in free:
-            saved.setdefault(storage_of(node), _describe(node, received.get(node.name, node)))
-    results = tuple(n for n in outputs[: joint.num_fwd_outputs] if isinstance(n, fx.Node))
-    return Partition(forward, backward, results, saved)
+    lasting = frozenset(storage_of(node) for node in joint.static_placeholders())
+    halves = Partition(forward, backward, joint.num_fwd_outputs, lasting)
+    if any(node.target is RANDOM_PROJECTION for _, node, _ in halves.crossing()):
+        raise CannotCompact("the partitioner would save a projection")
+    return halves
 
 
 def _keep_what_backward_reads(joint: JointGraph) -> None:

@@ -63,8 +63,8 @@ class Watch:
         """An optimizer that does not know factors has stepped sketched gradients."""
         if not self._is_dense:
             warnings.warn(
-                f"{optimizer} makes sketched gradients dense: gradients and moments take the memory "
-                "of full ones, and moments do not follow a projection that changes, which costs "
+                f"{optimizer} makes sketched gradients dense: they and their moments take memory "
+                "as full ones do, and moments do not follow a projection that changes, which costs "
                 f"quality. Use CompactAdamW or compact_optimizer({optimizer}, ...), or "
                 "gradients='dense'",
                 stacklevel=5,

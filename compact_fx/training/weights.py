@@ -243,9 +243,10 @@ def use_gradients(optimizer: Optimizer, weights: Iterable[Tensor]) -> None:
                 continue
             if not sketched:
                 unsketched.add(record.watch)
-            elif isinstance(weight.grad, SketchedGrad) and not knows_factors:
-                if record.steps > before:  # otherwise one within it has, which knows them
-                    made_dense.add(record.watch)
+            elif knows_factors or record.steps == before:  # one within it has stepped already
+                continue
+            elif isinstance(weight.grad, SketchedGrad):
+                made_dense.add(record.watch)
     for watch in unsketched:
         watch.stepped_unsketched()
     for watch in made_dense:

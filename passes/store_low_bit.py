@@ -1,0 +1,299 @@
+"""Store what crosses the forward-backward boundary in 8 bits, and masks in single ones."""
+
+import functools
+import operator
+from collections import Counter
+from collections.abc import Callable, Set
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx
+
+from compact_fx import _torch
+from compact_fx.passes.nodes import (
+    PRODUCT_NAMES,
+    bytes_of,
+    finish,
+    inline,
+    insert,
+    is_relabelling,
+    is_tensor,
+    is_view,
+    operator_base,
+    storage_of,
+)
+from compact_fx.passes.partition import Partition
+from compact_fx.plan import LowBit, Saved
+
+aten = torch.ops.aten
+
+GROUPS = (128, 64, 32)  # how many neighbours in the last dimension share a scale
+SMALLEST = 2**13  # elements; less is not worth a kernel
+MANY = 32  # values that a statistic is at least made of
+_TINY = 1e-30  # in place of a largest value of 0
+_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+_LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+# Operators whose result is a little off where their input is.
+_SMOOTH = {"mul", "add", "sub", "neg", "sigmoid", "tanh", "erf", "where", "rsub"}
+_MOVING = {"slice", "select", "cat", "split", "split_with_sizes", "getitem", "_unsafe_index"}
+_SUMMING = {"sum", "mean"} | PRODUCT_NAMES - {"convolution_backward"}
+_OF_ATTENTION = {"query", "key", "value", "out", "output"}
+_REDUCING = {"sum", "mean", "amax", "amin", "max", "min", "var_mean", "var", "logsumexp", "prod"}
+
+
+def store_low_bit(halves: Partition, kind: LowBit) -> Partition:
+    """Let large values cross in 8 bits, with a scale for each group of neighbours.
+
+    ::
+
+        forward(...) -> loss, x               backward(x, dy) -> dx
+
+        forward(...) -> loss, q, s            q = round(x / s), s = max |x| / 127 of each group
+        backward(q, s, dy) -> dx              of x' = q s
+
+    Inductor makes q in the kernel that makes x, and x' in those that read it. The loss is exact;
+    x' is off by up to 1/254 of the largest in its group (int8), or 1/16 of each value (fp8: e4m3).
+
+    Left as they are: statistics, what the forward gets or returns, what is small, and what the
+    backward reads by an operator that makes more of a rounding: an exponential, a comparison, a
+    division by it, an index, one that is not known here.
+
+    Args:
+        halves: taken over.
+    """
+    _cross_once(halves)
+    inputs = halves.forward.graph.find_nodes(op="placeholder")
+    alive = {storage_of(node) for node in (*halves.results, *inputs) if is_tensor(node)}
+    crossing = list(halves.crossing())
+    shared = Counter(storage_of(kept) for _, kept, _ in crossing)
+    gradients = _gradients_of(halves.backward)
+    packed: dict[int, tuple[int, Saved]] = {}
+    for at, kept, received in reversed(crossing):  # those before it keep their positions
+        storage = storage_of(kept)
+        if storage in alive or shared[storage] > 1 or not received.users or not _is_large(kept):
+            continue
+        packing = _packing_of(kept, kind)
+        is_mask = kept.meta["val"].dtype is torch.bool
+        if packing is None or not (
+            is_mask or (not _is_statistic(kept) and _stands_rounding(received, gradients))
+        ):
+            continue
+        whole = halves.saved_by_storage[storage]
+        for part in _pack(halves, at, kept, received, *packing):
+            shape, dtype = str(tuple(part.meta["val"].shape)), str(part.meta["val"].dtype)
+            described = replace(
+                whole, shape=shape, dtype=dtype.removeprefix("torch."), bytes=bytes_of(part)
+            )
+            packed[storage_of(part)] = (storage, described)
+    finish(halves.forward)
+    finish(halves.backward)
+    return replace(halves, packed=packed)
+
+
+def quantize(x: Tensor, dtype: torch.dtype, group: int) -> tuple[Tensor, Tensor]:
+    """Values in 8 bits (..., groups, group), and a float32 scale for each group (..., groups, 1).
+
+    What is not finite makes its group NaN.
+    """
+    groups = x.unflatten(-1, (-1, group)).float()
+    scale = groups.abs().amax(-1, keepdim=True) / _LARGEST[dtype]
+    scaled = groups / scale.clamp_min(_TINY)
+    return (scaled.round() if dtype is torch.int8 else scaled).to(dtype), scale
+
+
+def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `quantize` was given, rounded."""
+    return (values.float() * scale).to(dtype).flatten(-2)
+
+
+def to_bits(mask: Tensor) -> Tensor:
+    """Eight booleans of the last dimension in a byte (..., n / 8), uint8."""
+    places = torch.arange(8, device=mask.device, dtype=torch.int32)
+    bits = mask.unflatten(-1, (-1, 8)).to(torch.int32) << places
+    return bits.sum(-1, dtype=torch.int32).to(torch.uint8)
+
+
+def from_bits(packed: Tensor) -> Tensor:
+    """What `to_bits` was given."""
+    places = torch.arange(8, device=packed.device, dtype=torch.int32)
+    return ((packed.to(torch.int32)[..., None] >> places) & 1).to(torch.bool).flatten(-2)
+
+
+# --- writing it into the graphs ------------------------------------------------------------------
+
+
+def _elements(node: fx.Node) -> int:
+    return _torch.size_hint(node.meta["val"].numel())
+
+
+def _is_large(kept: fx.Node) -> bool:
+    value, elements = kept.meta["val"], _elements(kept)
+    has_own_memory = bytes_of(kept) >= elements * value.element_size()  # is not expanded
+    return elements >= SMALLEST and isinstance(value.shape[-1], int) and has_own_memory
+
+
+Pack = Callable[[Tensor], object]
+Unpack = Callable[..., Tensor]
+
+
+def _packing_of(kept: fx.Node, kind: LowBit) -> tuple[Pack, Unpack] | None:
+    """How to store a value, and how to get it back."""
+    value = kept.meta["val"]
+    last = value.shape[-1]
+    if value.dtype is torch.bool:
+        return (to_bits, from_bits) if last % 8 == 0 else None
+    if value.dtype not in (torch.bfloat16, torch.float16, torch.float32) or last < 32:
+        return None
+    group = next((g for g in GROUPS if last % g == 0), last)
+    pack = functools.partial(quantize, dtype=_DTYPES[kind], group=group)
+    return pack, functools.partial(dequantize, dtype=value.dtype)
+
+
+def _pack(
+    halves: Partition,
+    at: int,
+    kept: fx.Node,
+    received: fx.Node,
+    pack: Pack,
+    unpack: Unpack,
+) -> list[fx.Node]:
+    """Put packed parts in place of output `at` of the forward and of what the backward receives."""
+    forward, backward = halves.forward.graph, halves.backward.graph
+    order = {node: number for number, node in enumerate(backward.nodes)}
+    with forward.inserting_before(kept.next):
+        parts = inline(forward, pack, kept)
+    _torch.replace_saved(forward, at, parts)
+    arriving = _torch.replace_received(received, parts)
+    with backward.inserting_before(min(received.users, key=order.__getitem__)):
+        (restored,) = inline(backward, unpack, *arriving)
+    received.replace_all_uses_with(restored)
+    backward.erase_node(received)
+    return parts
+
+
+def _cross_once(halves: Partition) -> None:
+    """Where a tensor and views of it cross, let the backward make the views."""
+    groups: dict[fx.Node, list[tuple[int, fx.Node, list[fx.Node]]]] = {}
+    for at, kept, received in halves.crossing():
+        whole, views = kept, []
+        while is_view(whole):
+            views += [whole] if whole.target is not aten.alias.default else []
+            whole = whole.args[0]  # type: ignore[assignment]
+        groups.setdefault(whole, []).append((at, received, views[::-1]))
+    dropped = []
+    graph = halves.backward.graph
+    order = {node: number for number, node in enumerate(graph.nodes)}
+    for members in groups.values():
+        base = next((received for _, received, views in members if not views), None)
+        for at, received, views in members:
+            if base is None or received is base or not received.users:
+                continue
+            view = base
+            with graph.inserting_before(min(received.users, key=order.__getitem__)):
+                for node in views:
+                    args = (view, *node.args[1:])
+                    view = insert(graph, node.target, args, like=node, name=node.name)  # type: ignore[arg-type]
+            received.replace_all_uses_with(view)
+            graph.erase_node(received)
+            dropped.append(at)
+    for at in sorted(dropped, reverse=True):
+        _torch.replace_saved(halves.forward.graph, at, [])
+
+
+# --- what stands a rounding ----------------------------------------------------------------------
+
+
+def _gradients_of(module: fx.GraphModule) -> set[fx.Node]:
+    """Nodes of a backward graph that depend on a gradient that flows in; they are linear in it."""
+    found: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        is_tangent = node.op == "placeholder" and "tangents" in str(node.target)
+        if is_tangent or any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _stands_rounding(node: fx.Node, gradients: Set[fx.Node], is_derived: bool = False) -> bool:
+    """Whether all that a backward graph makes of a value is about right where the value is.
+
+    is_derived: it is not what was stored, but made of it.
+    """
+    return all(_reads_smoothly(user, node, gradients, is_derived) for user in node.users)
+
+
+def _reads_smoothly(
+    user: fx.Node, node: fx.Node, gradients: Set[fx.Node], is_derived: bool
+) -> bool:
+    if user.op != "call_function":
+        return is_derived
+    name, first = operator_base(user), user.args[0] if user.args else None
+    if name in _SUMMING:
+        return True
+    if "attention" in name:
+        arguments = zip(user.target._schema.arguments, user.args, strict=False)  # type: ignore[union-attr]
+        return all(a.name in _OF_ATTENTION for a, value in arguments if value is node)
+    if is_relabelling(user) or (name in _MOVING and _is_data_of(node, user)):
+        return _stands_rounding(user, gradients, is_derived)
+    if name == "exp":
+        stands = _is_of_sigmoid(user) or _is_bell(user)
+    elif name == "pow":
+        stands = first is node and user.args[1] in (1, 2, 3)
+    elif name in ("div", "reciprocal"):
+        stands = (first is node and name == "div") or _is_of_sigmoid(node)
+    else:
+        stands = name in _SMOOTH and not (name == "where" and first is node)
+    return stands and (user in gradients or _stands_rounding(user, gradients, True))
+
+
+def _is_data_of(node: fx.Node, user: fx.Node) -> bool:
+    """Whether an operator that moves values moves those of this node: it is no index."""
+    first = user.args[0]
+    return first is node or (isinstance(first, list | tuple) and node in first)
+
+
+def _is_of_sigmoid(node: fx.Node) -> bool:
+    """Whether a node is exp(x) or 1 + exp(x), of which only 1 / (1 + exp(x)) is made."""
+    if operator_base(node) == "add":
+        exponential, one = node.args[:2]
+        return one == 1 and isinstance(exponential, fx.Node) and _is_of_sigmoid(exponential)
+    if operator_base(node) != "exp":
+        return False
+    return all(operator_base(user) == "add" and user.args[1] == 1 for user in node.users)
+
+
+def _is_bell(node: fx.Node) -> bool:
+    """Whether a node is exp(-c x²), as in GELU's derivative."""
+    argument = node.args[0]
+    if not isinstance(argument, fx.Node) or operator_base(argument) != "mul":
+        return False
+    square, factor = argument.args[:2]
+    if not isinstance(factor, int | float) or factor > 0 or not isinstance(square, fx.Node):
+        return False
+    if operator_base(square) == "pow":
+        return square.args[1] == 2
+    return operator_base(square) == "mul" and square.args[0] is square.args[1]
+
+
+def _is_statistic(node: fx.Node) -> bool:
+    """Whether a value is made, entry for entry, of sums over many others: a mean, a log-sum-exp."""
+    size = _elements(node)
+    pending, seen = [node], {node}
+    while pending:
+        node = pending.pop()
+        name = operator_base(node)
+        if node.op != "call_function" or name in PRODUCT_NAMES:
+            continue
+        if node.target is operator.getitem and not name.startswith("split"):
+            if node.args[1] != 0 or name in _REDUCING:
+                return True
+            continue
+        sources = {n for n in node.all_input_nodes if is_tensor(n)} - seen
+        if name in _REDUCING:
+            if any(_elements(n) >= MANY * size for n in sources):
+                return True
+            continue
+        alike = {n for n in sources if _elements(n) == size}
+        seen |= alike
+        pending += alike
+    return False
