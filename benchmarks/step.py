@@ -47,11 +47,14 @@ RANDOM = {"gradients": "dense", "projection": "countsketch"}
 QUARTER, EIGHTH = RANDOM | {"rank": 0.25}, RANDOM | {"rank": 0.125}
 SKETCHED, GAUSSIAN = {"gradients": "sketched"}, {"projection": "gaussian"}
 TRACKED = SKETCHED | {"projection": "tracked"}
+INT8, FP8 = TRACKED | {"saved": "int8"}, TRACKED | {"saved": "fp8"}
 VARIANTS = {
     "torch.compile": Variant("inductor"),
     "compact n/4": Variant(settings=QUARTER),
     "compact n/4, sketched gradients": Variant(settings=QUARTER | SKETCHED),
     "compact n/4, tracked": Variant(settings=QUARTER | TRACKED),
+    "compact n/4, tracked, int8": Variant(settings=QUARTER | INT8),
+    "compact n/4, tracked, fp8": Variant(settings=QUARTER | FP8),
     "compact n/4, gaussian": Variant(settings=QUARTER | GAUSSIAN),
     "compact n/4, gaussian, sketched gradients": Variant(settings=QUARTER | GAUSSIAN | SKETCHED),
     "compact n/4, recompute=False": Variant(settings=QUARTER | {"recompute": False}),
@@ -65,6 +68,9 @@ VARIANTS = {
         settings=QUARTER | SKETCHED, checkpointing=True
     ),
     "compact n/4, tracked, checkpointing": Variant(settings=QUARTER | TRACKED, checkpointing=True),
+    "compact n/4, tracked, int8, checkpointing": Variant(
+        settings=QUARTER | INT8, checkpointing=True
+    ),
     "torch.compile, 2 passes": Variant("inductor", passes=2),
     "compact n/4, 2 passes": Variant(settings=QUARTER, passes=2),
     "compact n/4, sketched gradients, 2 passes": Variant(settings=QUARTER | SKETCHED, passes=2),
