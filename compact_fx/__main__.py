@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from subprocess import SubprocessError
 from textwrap import shorten
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from tabulate import tabulate
 
-from compact_fx.config import CompactConfig
+from compact_fx.config import CompactConfig, Storage
 from compact_fx.errors import CannotCompact
 from compact_fx.projections import KINDS
 from compact_fx.reading.explanation import STATES, Explanation, explain
@@ -59,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--gradients", default=default, choices=modes, help=of_report)
     kinds = "(tracked for sketched gradients, countsketch for dense ones)"
     model.add_argument("--projection", choices=KINDS, help=kinds)
+    saved = f"what crosses to the backward ({CompactConfig.saved})"
+    choices = get_args(Storage)
+    model.add_argument("--saved", default=CompactConfig.saved, choices=choices, help=saved)
     excluded = "name patterns of weights to leave alone, such as 'lm_head*'"
     model.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help=excluded)
     model.add_argument("--no-recompute", action="store_true", help="recompute=False")
@@ -191,6 +194,7 @@ def _explained(args: argparse.Namespace, **settings: Any) -> Explanation:
             rank=args.rank,
             gradients=args.gradients,
             projection=args.projection,
+            saved=args.saved,
             exclude=args.exclude,
             recompute=not args.no_recompute,
             **settings,

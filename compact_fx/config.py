@@ -11,6 +11,7 @@ from compact_fx.projections import KINDS, Kind
 Rank = float | int
 Place = Literal["auto", "early", "late"]
 Inner = Literal["inductor", "aot_eager"]
+Storage = Literal["keep", "int8", "fp8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ class CompactConfig:
     exclude: tuple[str, ...] = ()
     min_features: int = 32
     recompute: bool = True
-    saved: Literal["keep", "int8", "fp8"] = "keep"
+    saved: Storage = "keep"
     place: Place = "auto"
     inner: Inner = "inductor"
     mode: str | None = None
@@ -80,7 +81,7 @@ class CompactConfig:
         _check_choice("gradients", self.gradients, ("dense", "sketched"))
         if self.projection is not None:
             _check_choice("projection", self.projection, KINDS)
-        _check_choice("saved", self.saved, ("keep", "int8", "fp8"))
+        _check_choice("saved", self.saved, get_args(Storage))
         _check_choice("place", self.place, get_args(Place))
         _check_choice("inner", self.inner, get_args(Inner))
         if self.update_interval is not None:

@@ -63,9 +63,7 @@ def main() -> None:
     parser.add_argument("--recompute", action="store_true", help="rebuild matmul inputs, too")
     args = parser.parse_args()
     for title, (model, x) in {"linear": linear_layer(), "block": llama_block()}.items():
-        found = explain(
-            model, x, rank=args.rank, gradients="dense", recompute=args.recompute
-        )
+        found = explain(model, x, rank=args.rank, gradients="dense", recompute=args.recompute)
         show(title, found.graphs[0])
 
 
