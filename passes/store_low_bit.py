@@ -227,6 +227,8 @@ def _reads_smoothly(
 ) -> bool:
     if user.op != "call_function":
         return is_derived
+    if node in user.kwargs.values():  # such as an attention mask
+        return False
     name, first = operator_base(user), user.args[0] if user.args else None
     if name in _SUMMING:
         return True
