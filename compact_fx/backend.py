@@ -13,7 +13,7 @@ from torch import fx
 from compact_fx import _torch
 from compact_fx.compiler import GraphCompiler
 from compact_fx.config import CompactConfig, config_from
-from compact_fx.errors import CannotCompact
+from compact_fx.errors import BudgetTooSmall, CannotCompact
 from compact_fx.passes.joint_graph import JointGraph
 from compact_fx.passes.list_sites import CHOSEN
 from compact_fx.plan import Plan
@@ -92,7 +92,7 @@ class CompactBackend:
                 return compiler.compile_untouched()
             plan, compiled = compiler.compile(compiler.plan(observe), self._watch, observe)
         except CannotCompact as error:
-            if self.config.strict:
+            if self.config.strict or isinstance(error, BudgetTooSmall):
                 raise
             warnings.warn(f"a graph is compiled without sketches: {error}", stacklevel=2)
             return self._counted(compiler.compile_untouched(), str(error))

@@ -42,6 +42,9 @@ class CompactConfig:
             operators keep anyway; exact, and costs about half a percent of a step.
         saved: "int8" or "fp8" stores large values that cross in 8 bits, with a scale for each 128
             neighbours, and masks in single ones; "keep" as they are.
+        memory_budget: the most that activations may take at the peak of a graph: a float in (0, 1]
+            is a share of what they take with torch.compile, an int bytes. The cheapest of `LADDER`
+            that is predicted to reach it takes the place of `recompute` and `saved`.
         place: where sketches are taken. "auto" takes them in the forward pass where that makes an
             activation unnecessary and in the backward pass where the activation is there anyway.
         inner: "inductor", or "aot_eager" to run the same graphs without code generation.
@@ -63,6 +66,7 @@ class CompactConfig:
     min_features: int = 32
     recompute: bool = True
     saved: Storage = "keep"
+    memory_budget: float | int | None = None
     place: Place = "auto"
     inner: Inner = "inductor"
     mode: str | None = None
@@ -81,6 +85,10 @@ class CompactConfig:
         _check_choice("gradients", self.gradients, ("dense", "sketched"))
         if self.projection is not None:
             _check_choice("projection", self.projection, KINDS)
+        if self.memory_budget is not None:
+            _check_share_or_number(
+                "memory_budget", self.memory_budget, "of torch.compile's", "bytes"
+            )
         _check_choice("saved", self.saved, get_args(Storage))
         _check_choice("place", self.place, get_args(Place))
         _check_choice("inner", self.inner, get_args(Inner))
@@ -160,7 +168,11 @@ def _check_int(name: str, value: object, smallest: int) -> None:
 
 
 def _check_rank(name: str, value: object) -> None:
-    allowed = "a float in (0, 1] (fraction of in_features) or an int ≥ 1 (absolute rank)"
+    _check_share_or_number(name, value, "of in_features", "absolute rank")
+
+
+def _check_share_or_number(name: str, value: object, whole: str, unit: str) -> None:
+    allowed = f"a float in (0, 1] (fraction {whole}) or an int ≥ 1 ({unit})"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}={value!r} must be {allowed}")
     if isinstance(value, float) and not (math.isfinite(value) and 0.0 < value <= 1.0):

@@ -23,6 +23,10 @@ class SiteFailed(CannotCompact):
         self.weight = weight
 
 
+class BudgetTooSmall(CannotCompact):
+    """A `memory_budget` that no treatment of a graph reaches; raised whatever `strict` says."""
+
+
 @contextlib.contextmanager
 def failures_of(pass_name: str, weight: str | None = None) -> Iterator[None]:
     """The one place where a failure in a pass gets its name; its traceback goes to the log."""

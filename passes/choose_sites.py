@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from compact_fx.config import CompactConfig
+from compact_fx.errors import BudgetTooSmall
 from compact_fx.passes.apply_plan import cut, observed, rewrite
 from compact_fx.passes.costs import (
     change_flops,
@@ -17,9 +18,10 @@ from compact_fx.passes.costs import (
 )
 from compact_fx.passes.joint_graph import JointGraph
 from compact_fx.passes.list_sites import Uses, list_sites
+from compact_fx.passes.live_bytes import graph_memory
 from compact_fx.passes.nodes import is_tensor, storage_of
 from compact_fx.passes.partition import Partition, partition
-from compact_fx.plan import Account, Placement, Plan, Site, SiteCost
+from compact_fx.plan import Account, LowBit, Placement, Plan, Site, SiteCost
 
 
 def choose_sites(
@@ -50,15 +52,63 @@ def choose_sites(
     """
     with observed("partition", joint.module):
         before = partition(joint.copy(), recompute=False)
+    if config.memory_budget is None:
+        saved = None if config.saved == "keep" else config.saved
+        return _choose(joint, config, failed, before, Treatment(config.recompute, saved))[0]
+    allowed = config.memory_budget
+    if isinstance(allowed, float):
+        allowed = int(allowed * graph_memory(before, joint).peak)
+    peaks = []
+    for treatment in LADDER:
+        plan, cut = _choose(joint, config, failed, before, treatment)
+        peaks.append(graph_memory(cut, joint).peak)
+        if peaks[-1] <= allowed:
+            return plan
+    raise BudgetTooSmall(
+        f"memory_budget={config.memory_budget!r} allows activations {allowed} bytes at the peak of "
+        f"a graph; the smallest that can be reached is {min(peaks)}: give more, or smaller batches"
+    )
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What is done to all tensors that cross; see `Plan`."""
+
+    recompute: bool
+    saved: LowBit | None = None
+    rebuilt: float = 1.0
+
+    def of(self, plan: Plan, joint: JointGraph) -> Plan:
+        """The plan with this."""
+        # What is rebuilt from an input has to find the value that the forward saw.
+        recompute = self.recompute and not joint.mutates_inputs()
+        return replace(plan, recompute=recompute, saved=self.saved, rebuilt=self.rebuilt)
+
+
+LADDER = (
+    Treatment(recompute=False),
+    Treatment(recompute=True),
+    *(Treatment(True, "int8", share) for share in (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)),
+)
+"""From what costs least time to what takes least memory."""
+
+
+def _choose(
+    joint: JointGraph,
+    config: CompactConfig,
+    failed: Mapping[str, str] | None,
+    before: Partition,
+    treatment: Treatment,
+) -> tuple[Plan, Partition]:
+    """The plan of one treatment, and its cut."""
     with observed("list_sites", joint.module):
         on_input = set(joint.weights) if config.place == "early" else set()
         draft, uses = list_sites(joint, config, failed, on_input)
-    # What is rebuilt from an input has to find the value that the forward saw.
-    recompute = config.recompute and not joint.mutates_inputs()
     if not draft.sketched:
-        return _untouched(draft, uses, before)
+        return _untouched(joint, treatment.of(draft, joint), uses, before)
     everything = {_key(site) for site in draft.sketched}
-    best = _try(joint, _placed(draft, everything if config.place == "early" else set(), recompute))
+    draft = treatment.of(draft, joint)
+    best = _try(joint, _placed(draft, everything if config.place == "early" else set()))
     early = best.smaller_early(uses) if config.place == "auto" else set()
     on_output = {site.index for site in draft.sketched if site.side == "output"}
     # Those that other graphs have on this side stay there.
@@ -66,7 +116,7 @@ def choose_sites(
     if early:
         moved = on_output & {index for index, _ in early}
         other, others = list_sites(joint, config, failed, moved) if moved else (draft, uses)
-        trial = _try(joint, _placed(other, early, recompute))
+        trial = _try(joint, _placed(treatment.of(other, joint), early))
         if trial.cut.bytes < best.cut.bytes:
             best, uses = trial, others
     held = projection_bytes(best.plan)
@@ -75,7 +125,7 @@ def choose_sites(
     if config.place == "auto" and more > 0:
         reason = f"sketching keeps {more} bytes more than without"
         sites = (s.left_alone(s.reason if s.sketch is None else reason) for s in draft.sites)
-        return _untouched(Plan(sites=tuple(sites)), uses, before)
+        return _untouched(joint, replace(draft, sites=tuple(sites)), uses, before)
     account = Account(
         saved_before=before.saved,
         saved_after=best.cut.saved,
@@ -83,14 +133,14 @@ def choose_sites(
         change_flops=change_flops(best.plan),
         sites=costs_of(best.plan, uses, before, best.cut, best.sketches),
     )
-    return replace(best.plan, account=account)
+    return replace(best.plan, account=account), best.cut
 
 
 def _key(site: Site) -> tuple[int, int]:
     return site.index, site.use
 
 
-def _placed(plan: Plan, early: Set[tuple[int, int]], recompute: bool) -> Plan:
+def _placed(plan: Plan, early: Set[tuple[int, int]]) -> Plan:
     """The plan with the sketches of these sites early and all others late."""
     chosen = {site.sketch for site in plan.sketched if _key(site) in early}
 
@@ -101,13 +151,18 @@ def _placed(plan: Plan, early: Set[tuple[int, int]], recompute: bool) -> Plan:
         site if site.sketch is None else replace(site, placement=placement(site.sketch))
         for site in plan.sites
     )
-    return replace(plan, sites=tuple(sites), recompute=recompute)
+    return replace(plan, sites=tuple(sites))
 
 
-def _untouched(plan: Plan, uses: Uses, before: Partition) -> Plan:
+def _untouched(
+    joint: JointGraph, plan: Plan, uses: Uses, before: Partition
+) -> tuple[Plan, Partition]:
+    """Nothing is sketched; what crosses is treated all the same, if anything is asked for."""
+    plan = replace(plan, projections=(), inputs=(), track_every=1)
+    cut = _try(joint, plan).cut if plan.treats else before
     costs = (SiteCost(flops_before=flops, flops_after=flops) for flops, _ in flops_of(plan, uses))
-    account = Account(saved_before=before.saved, saved_after=before.saved, sites=tuple(costs))
-    return Plan(sites=plan.sites, account=account)
+    account = Account(saved_before=before.saved, saved_after=cut.saved, sites=tuple(costs))
+    return replace(plan, account=account), cut
 
 
 @dataclass(frozen=True)

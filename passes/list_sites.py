@@ -100,7 +100,6 @@ def list_sites(
         sites=tuple(sites),
         projections=tuple(projection for projection, _ in numbers),
         inputs=(*drawn, *factors),
-        saved=None if config.saved == "keep" else config.saved,
         track_every=config.track_every if config.kind == "tracked" else 1,
     )
     return plan, uses

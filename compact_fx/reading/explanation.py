@@ -18,15 +18,9 @@ from compact_fx.compiler import GraphCompiler
 from compact_fx.config import CompactConfig, config_from
 from compact_fx.passes.choose_sites import choose_sites
 from compact_fx.passes.joint_graph import JointGraph
+from compact_fx.passes.live_bytes import GraphMemory, Moment, graph_memory
 from compact_fx.reading.graphs import CompactedGraphs, named
-from compact_fx.reading.memory import (
-    Breakdown,
-    GraphMemory,
-    LiveMemory,
-    Moment,
-    graph_memory,
-    step_timeline,
-)
+from compact_fx.reading.memory import Breakdown, LiveMemory, step_timeline
 from compact_fx.reading.report import CompactionReport
 
 STATES = {"adamw": 2, "adam": 2, "sgd": 0, "momentum": 1}

@@ -4,8 +4,9 @@ import torch
 from torch import nn
 
 from compact_fx import explain
+from compact_fx.passes.live_bytes import GraphMemory, Moment, graph_memory
 from compact_fx.reading.explanation import COMPILED, DENSE, SKETCHED
-from compact_fx.reading.memory import GraphMemory, LiveMemory, Moment, graph_memory, step_timeline
+from compact_fx.reading.memory import LiveMemory, step_timeline
 
 KB = 1024
 

@@ -1,0 +1,269 @@
+"""How many bytes are alive at each operator of a cut graph, predicted."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import fx
+
+from compact_fx import _torch
+from compact_fx.passes.joint_graph import JointGraph
+from compact_fx.passes.nodes import bytes_of, is_tensor, operator_base, storage_of
+from compact_fx.passes.partition import Partition
+
+Phase = Literal["forward", "backward", "optimizer"]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is alive while one operator runs.
+
+    Attributes:
+        operator: `mm.default`; "" for the state before the first.
+        bytes: of everything but what lasts for the whole run (weights, states, inputs).
+    """
+
+    phase: Phase
+    operator: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class GraphMemory:
+    """One compiled graph, as far as memory goes.
+
+    Attributes:
+        forward, backward: live bytes at each operator, without what is there for the whole step.
+        saved: bytes that cross from one to the other.
+        held: those of them that are not there for the whole step anyway.
+        gradients: bytes that are left when the backward is over.
+    """
+
+    forward: tuple[Moment, ...]
+    backward: tuple[Moment, ...]
+    saved: int
+    held: int
+
+    @property
+    def peak(self) -> int:
+        """The most that is alive at one time."""
+        return max(moment.bytes for moment in (*self.forward, *self.backward))
+
+    @property
+    def gradients(self) -> int:
+        return self.backward[-1].bytes
+
+
+def graph_memory(
+    cut: Partition, joint: JointGraph, intermediate: Collection[int] = ()
+) -> GraphMemory:
+    """Follow the memory of both graphs of a partition, operator by operator.
+
+    Inductor writes a pointwise result to memory only where a kernel that cannot compute it on the
+    fly reads it. That is modelled here: values that only fused kernels read take no memory, and
+    what they are computed from stays alive until the last of these kernels.
+
+    Args:
+        cut: the partition.
+        joint: what it is of; its inputs are there for the whole step,
+        intermediate: but for those at these indices, which come from another graph.
+    """
+    inputs = joint.module.graph.find_nodes(op="placeholder")
+    lasting = {
+        storage_of(node)
+        for node in inputs
+        if is_tensor(node)
+        and "tangents" not in str(node.target)
+        and _torch.input_index(node) not in intermediate
+    }
+    results = {storage_of(node) for node in cut.results if is_tensor(node)}
+    forward = _moments(cut.forward, "forward", lasting, kept=results | cut.storages)
+    gradients = filter(is_tensor, cut.backward.graph.output_node().all_input_nodes)
+    kept = {storage_of(node) for node in gradients}
+    backward = _moments(cut.backward, "backward", lasting, kept)
+    held = sum(cut.saved_by_storage[storage].bytes for storage in cut.storages - lasting)
+    return GraphMemory(tuple(forward), tuple(backward), cut.bytes, held)
+
+
+def _moments(
+    module: fx.GraphModule, phase: Phase, static: set[int], kept: set[int]
+) -> Iterator[Moment]:
+    """Live bytes at each operator that writes memory."""
+    steps, sizes = _kernels(module)
+    last = {storage: i for i, step in enumerate(steps) for storage in step.reads}
+    live = {
+        storage_of(node): bytes_of(node)
+        for node in module.graph.find_nodes(op="placeholder")
+        if is_tensor(node)
+    }
+    live = {storage: size for storage, size in live.items() if storage not in static}
+    given = frozenset(live)
+    now = sum(live.values())
+    yield Moment(phase, "", now)
+    for i, step in enumerate(steps):
+        dying = [s for s in step.reads if last[s] == i and s in live and s not in kept]
+        written = [s for s in step.writes if s not in live and s not in static]
+        # One result takes the place of what nothing reads later, but not of the graph's inputs.
+        if step.fused and len(step.writes) == 1:
+            now -= sum(live.pop(storage) for storage in dying if storage not in given)
+        for storage in written:
+            live[storage] = sizes[storage]
+        now += sum(sizes[storage] for storage in written)
+        yield Moment(phase, step.operator, now)
+        gone = [s for s in dying if s in live]
+        gone += [s for s in written if s not in last and s not in kept]
+        now -= sum(live.pop(storage) for storage in gone)
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """An operator that writes memory, with everything that is fused into it."""
+
+    operator: str
+    reads: frozenset[int]
+    writes: frozenset[int]
+    fused: bool
+
+
+# Inductor computes a value with more than one reader on the fly only up to so many buffers.
+_MOST_READS = 4
+
+
+def _kernels(module: fx.GraphModule) -> tuple[list[_Kernel], dict[int, int]]:
+    """The operators that write memory, in order, and the bytes of every storage."""
+    returned = {storage_of(n) for n in module.graph.output_node().all_input_nodes if is_tensor(n)}
+    readers = _readers(module.graph)
+    sizes: dict[int, int] = {}
+    on_the_fly: dict[int, frozenset[int]] = {}  # what to read to compute a value that is not stored
+    passed_on: dict[fx.Node, frozenset[int]] = {}  # the same for tuples and numbers
+    kernels: list[_Kernel] = []
+
+    def needed(node: fx.Node) -> frozenset[int]:
+        if not is_tensor(node):
+            return passed_on.get(node, frozenset())
+        storage = storage_of(node)
+        return on_the_fly.get(storage, frozenset([storage]))
+
+    for node in module.graph.nodes:
+        reads = frozenset[int]().union(*map(needed, node.all_input_nodes))
+        if not is_tensor(node):
+            passed_on[node] = reads
+            continue
+        storage = storage_of(node)
+        if storage in sizes or storage in on_the_fly:  # a view, or written in place
+            continue
+        users = readers.get(storage, [])
+        fused = node.op == "call_function" and _is_fused(node)
+        inlined = fused and storage not in returned and all(map(_reads_on_the_fly, users))
+        if inlined and (len(users) < 2 or len(reads) <= _MOST_READS):
+            on_the_fly[storage] = reads
+            continue
+        sizes[storage] = bytes_of(node)
+        if node.op != "placeholder":
+            kernels.append(_Kernel(_torch.operator_name(node), reads, frozenset([storage]), fused))
+    kernels.append(_Kernel("return", frozenset(returned), frozenset(), False))
+    return _fused_side_by_side(kernels, sizes), sizes
+
+
+# How far Inductor's scheduler looks for kernels to fuse, in kernels; most pairs are close.
+_WINDOW = 64
+
+
+def _fused_side_by_side(kernels: list[_Kernel], sizes: dict[int, int]) -> list[_Kernel]:
+    """Make one kernel of pointwise ones that read the same tensor and do not need each other.
+
+    Inductor does so to read the tensor once. All results are then there at the same time, and
+    before the first would have been needed.
+    """
+    writer = {storage: i for i, kernel in enumerate(kernels) for storage in kernel.writes}
+    group = list(range(len(kernels)))  # of each kernel: the last one that is fused with it
+    members = {i: [i] for i in group}
+
+    def needs(later: int, earlier: int) -> bool:
+        """Whether a group depends on another one."""
+        seen, pending = {later}, [later]
+        while pending:
+            for member in members[pending.pop()]:
+                for storage in kernels[member].reads & writer.keys():
+                    source = group[writer[storage]]
+                    if source == earlier:
+                        return True
+                    if source not in seen and source > members[earlier][0]:
+                        seen.add(source)
+                        pending.append(source)
+        return False
+
+    readers: dict[int, list[int]] = {}
+    for j, kernel in enumerate(kernels):
+        if not kernel.fused:
+            continue
+        size = {sizes[storage] for storage in kernel.writes}
+        shared = [s for s in kernel.reads if 2 * sizes.get(s, 0) >= max(size)]  # worth the fusion
+        for i in dict.fromkeys(i for storage in shared for i in readers.get(storage, ())):
+            alike = {sizes[storage] for storage in kernels[i].writes} == size
+            if alike and j - i <= _WINDOW and group[i] != j and not needs(j, group[i]):
+                moved = members.pop(group[i])
+                members[j] = sorted(moved + members[j])
+                for member in moved:
+                    group[member] = j
+        for storage in kernel.reads:
+            readers.setdefault(storage, []).append(j)
+    merged = {g: _together([kernels[i] for i in own]) for g, own in members.items()}
+    made_by = {storage: group[i] for storage, i in writer.items()}
+    return [merged[g] for g in _sorted(merged, made_by)]
+
+
+def _together(kernels: list[_Kernel]) -> _Kernel:
+    reads = frozenset[int]().union(*(kernel.reads for kernel in kernels))
+    writes = frozenset[int]().union(*(kernel.writes for kernel in kernels))
+    return _Kernel(kernels[-1].operator, reads - writes, writes, kernels[-1].fused)
+
+
+def _sorted(groups: dict[int, _Kernel], made_by: dict[int, int]) -> Iterator[int]:
+    """Groups in the order of their last kernels, each behind those that it needs."""
+    opened: set[int] = set()
+    done: set[int] = set()
+    for first in sorted(groups):
+        pending = [first]
+        while pending:
+            current = pending[-1]
+            if current in opened:  # what it needs is done, or part of a ring of groups
+                pending.pop()
+                if current not in done:
+                    done.add(current)
+                    yield current
+                continue
+            opened.add(current)
+            sources = {made_by[storage] for storage in groups[current].reads & made_by.keys()}
+            pending += sorted(sources - opened, reverse=True)
+
+
+def _readers(graph: fx.Graph) -> dict[int, list[fx.Node]]:
+    """By storage: the nodes that read it and are no views of it."""
+    readers: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        for source in filter(is_tensor, node.all_input_nodes):
+            if not (is_tensor(node) and storage_of(node) == storage_of(source)):
+                readers.setdefault(storage_of(source), []).append(node)
+    return readers
+
+
+_MADE_ON_THE_FLY = {"iota", "full", "arange", "scalar_tensor", "convert_element_type", "where"}
+_MADE_ON_THE_FLY |= {"full_like", "clone", "_to_copy", "index", "gather", "embedding", "fma"}
+_REDUCTIONS = {"sum", "mean", "amax", "amin", "prod", "any", "all", "var", "var_mean", "argmax"}
+_SCATTERS = {"index_put", "scatter", "scatter_add", "_unsafe_masked_index_put_accumulate"}
+_SCATTERS |= {"_unsafe_index_put", "constant_pad_nd", "slice_scatter", "select_scatter", "copy_"}
+
+
+def _is_fused(node: fx.Node) -> bool:
+    """Whether Inductor can compute one element of the result wherever it is read."""
+    tags = getattr(node.target, "tags", ())
+    name = operator_base(node)
+    return torch.Tag.pointwise in tags or name in _MADE_ON_THE_FLY
+
+
+def _reads_on_the_fly(node: fx.Node) -> bool:
+    """Whether the operator's kernel can compute what it reads."""
+    name = operator_base(node)
+    return _is_fused(node) or name in _REDUCTIONS or name in _SCATTERS
