@@ -53,8 +53,8 @@ def loss_of(output):
 
 
 def backend(**settings):
-    defaults = {"inner": "aot_eager", "strict": True, "rank": RANK, "gradients": "dense"}
-    return compact_backend(**defaults | settings)
+    defaults = {"rank": RANK, "gradients": "dense", "projection": "countsketch"}
+    return compact_backend(**defaults | {"inner": "aot_eager", "strict": True} | settings)
 
 
 def sketching(**settings):
