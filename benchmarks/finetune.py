@@ -49,7 +49,7 @@ PRETRAINING: Run = {**DEFAULTS, "task": "lm", "lr": 1e-3, "embeddings": True}
 
 def settings_of(run: Run, inner: str | None) -> Run:
     """A run with all its settings, checked; its rate may still be "best"."""
-    task: str = run.get("task", DEFAULTS["task"])
+    task: str = {**DEFAULTS, **run}["task"]
     if task not in TASKS:
         raise ValueError(f"{run}: tasks {', '.join(TASKS)}")
     usual = {**DEFAULTS, **TASKS[task]}
