@@ -24,7 +24,7 @@ TASKS: dict[str, Run] = {  # settings of each
     "20newsgroups": {"steps": 705},  # one epoch
     "lm": {"steps": 300, "model": "25m", "pretrain": 2000},  # a shape of quality.py, and steps
 }
-METHODS = {"full": "AdamW", "compact": "tracked", "lora": "LoRA with the memory of"}
+METHODS = {"full": "AdamW", "compact": "tracked", "lora": "LoRA, memory of tracked"}
 MEMORY = ("gradients", "optimizer", "projections", "adapters")  # bytes of a row, by what has them
 
 
@@ -72,12 +72,12 @@ def mean_and_deviation(values: list[float | None], digits: int) -> str:
 def line_of(rows: list[Run], rates: list[float]) -> Run:
     """Runs that differ in nothing but the seed, as a line of the table."""
     settings, bytes_of = rows[0]["settings"], rows[0]["bytes"]
-    is_loss = settings["task"] == "lm"
+    is_loss, rank = settings["task"] == "lm", rows[0].get("lora_rank")
     peaks = [row["peak_gb"] for row in rows]
     return {
         "task": settings["task"],
         "steps": settings["steps"],
-        "run": label(settings),
+        "run": label(settings) + (f" (rank {rank})" if rank else ""),
         "lr": f"{settings['lr']:g}",
         "tried": " ".join(f"{rate:g}" for rate in sorted(rates)),
         "seeds": len(rows),
