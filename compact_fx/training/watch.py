@@ -1,7 +1,11 @@
 """What a run would not tell by itself: calls without sketches, and steps that nobody saw."""
 
+import os
+import sys
 import warnings
 from collections import Counter
+
+import torch
 
 from compact_fx import _torch
 
@@ -14,6 +18,8 @@ STEPS_UNSEEN = (
     "copies, one flat parameter, updates by hand), call "
     "compact_fx.count_step(model.parameters()) after each step"
 )
+
+_INSIDE = tuple(os.path.dirname(file) + os.sep for file in (torch.__file__, _torch.__file__))
 
 
 class Watch:
@@ -63,11 +69,11 @@ class Watch:
         """An optimizer that does not know factors has stepped sketched gradients."""
         if not self._is_dense:
             warnings.warn(
-                f"{optimizer} makes sketched gradients dense: they and their moments take memory "
-                "as full ones do, and moments do not follow a projection that changes, which costs "
-                f"quality. Use CompactAdamW or compact_optimizer({optimizer}, ...), or "
+                f"{optimizer} makes sketched gradients dense: gradients and moments take the "
+                "memory of full ones, and moments do not follow a projection that changes, which "
+                f"costs quality. Use CompactAdamW or compact_optimizer({optimizer}, ...), or "
                 "gradients='dense'",
-                stacklevel=5,
+                stacklevel=_level_of_caller(),
             )
         self._is_dense = True
 
@@ -76,3 +82,11 @@ class Watch:
         if not self.steps_unseen:
             warnings.warn(STEPS_UNSEEN, stacklevel=3)
         self.steps_unseen = True
+
+
+def _level_of_caller() -> int:
+    """The stacklevel of who has called torch: a scheduler wraps the step that it schedules."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    return level

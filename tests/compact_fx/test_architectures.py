@@ -12,6 +12,8 @@ from compact_fx.passes import store_low_bit
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a:UserWarning")
 
+EXACT = {"rank": 1.0, "gradients": "dense", "projection": "orthogonal"}
+
 VOCABULARY = 128
 TEXT = {
     "vocab_size": VOCABULARY,
@@ -268,9 +270,7 @@ def test_dense_gradients_are_exact(name):
     losses, exact = train(model, batch, torch.optim.AdamW(model.parameters(), lr=1e-3))
 
     model, batch = build(name)
-    backend = compact_backend(
-        rank=1.0, projection="orthogonal", inner="aot_eager", strict=True, place="late"
-    )
+    backend = compact_backend(**EXACT, inner="aot_eager", strict=True, place="late")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     compact_losses, compact = train(model, batch, optimizer, backend)
     assert_equal(compact, exact)
@@ -289,7 +289,8 @@ def test_sketched_gradients_are_g_p_pt(name):
     losses, exact = train(model, batch, torch.optim.SGD(model.parameters(), lr=0.0), steps=1)
 
     model, batch = build(name)
-    backend = compact_backend(rank=0.25, gradients="sketched", inner="aot_eager", strict=True)
+    settings = {"gradients": "sketched", "projection": "countsketch"}
+    backend = compact_backend(rank=0.25, inner="aot_eager", strict=True, **settings)
     optimizer = CompactAdamW(model.parameters(), lr=1e-3)
     compact_losses, compact = train(model, batch, optimizer, backend)
     (plan,) = backend.plans
@@ -350,7 +351,8 @@ def test_through_inductor(name, expected_gradients):
     model, batch = build(name)
     _, exact = train(model, batch, torch.optim.SGD(model.parameters(), lr=0.0), steps=1)
     model, batch = build(name)
-    backend = compact_backend(rank=0.25, strict=True, exclude=("*embed*",))
+    settings = {"gradients": "dense", "projection": "countsketch"}
+    backend = compact_backend(rank=0.25, strict=True, exclude=("*embed*",), **settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     _, compact = train(model, batch, optimizer, backend, steps=1)
     assert_equal(compact, expected_gradients(exact, backend))
@@ -368,8 +370,8 @@ def test_experts_in_bfloat16(device, inner):
     """There torch's own grouped matmul is used; exact but for rounding of P and of z."""
     batch = {name: tensor.to(device) for name, tensor in text().items()}
     gradients = []
-    backend = compact_backend(rank=1.0, projection="orthogonal", inner=inner, strict=True)
-    nothing = compact_backend(exclude=("*",), inner=inner, strict=True)
+    backend = compact_backend(**EXACT, inner=inner, strict=True)
+    nothing = compact_backend(gradients="dense", exclude=("*",), inner=inner, strict=True)
     for compiler in (nothing, backend):
         model = build("olmoe")[0].bfloat16().to(device)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -390,7 +392,7 @@ def test_other_ways_to_run_experts_are_left_alone(implementation, reason):
     reference.set_experts_implementation(implementation)
     _, exact = train(reference, batch, torch.optim.SGD(reference.parameters(), lr=0.0), steps=1)
     model.set_experts_implementation(implementation)
-    backend = compact_backend(rank=1.0, projection="orthogonal", inner="aot_eager", strict=True)
+    backend = compact_backend(**EXACT, inner="aot_eager", strict=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     _, compact = train(model, batch, optimizer, backend, steps=1)
     assert_equal(compact, exact)
@@ -436,7 +438,7 @@ class Recurrent(nn.Module):
 def exact_and_compact(model_class, batch):
     """Gradients of eager and at full rank, and the backend."""
     found = []
-    backend = compact_backend(rank=1.0, projection="orthogonal", inner="aot_eager", strict=True)
+    backend = compact_backend(**EXACT, inner="aot_eager", strict=True)
     for compiler in (None, backend):
         torch.manual_seed(0)
         model = model_class()

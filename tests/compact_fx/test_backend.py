@@ -23,7 +23,8 @@ def batch() -> torch.Tensor:
 
 
 def backend(**settings):
-    return compact_backend(**{"inner": "aot_eager", "strict": True, "rank": 0.25} | settings)
+    defaults = {"rank": 0.25, "gradients": "dense", "projection": "countsketch"}
+    return compact_backend(**defaults | {"inner": "aot_eager", "strict": True} | settings)
 
 
 def losses(steps: int, optimizer_of=None, model=None, micro_batches: int = 1, **settings):
@@ -194,7 +195,8 @@ def test_nothing_sketched_warns():
 def test_entry_point_takes_settings_and_mode():
     """torch.compile(backend="compact") is the same backend."""
     model, reference = mlp(), mlp()
-    options = {"rank": 1.0, "projection": "orthogonal", "inner": "aot_eager", "strict": True}
+    exact = {"rank": 1.0, "gradients": "dense", "projection": "orthogonal"}
+    options = exact | {"inner": "aot_eager", "strict": True}
     compiled = torch.compile(model, backend="compact", options=options)
     compiled(batch()).pow(2).mean().backward()
     reference(batch()).pow(2).mean().backward()
@@ -306,7 +308,8 @@ def test_another_part_of_a_gradient_is_in_the_report():
 
 def test_tracked_projections_want_sketched_gradients():
     with pytest.warns(UserWarning, match="gradients='sketched' with CompactAdamW"):
-        compact_backend(projection="tracked")
+        compact_backend(gradients="dense", projection="tracked")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compact_backend(projection="tracked", gradients="sketched")
+        compact_backend()

@@ -7,6 +7,7 @@ together, two in different ones span 8. No private name is needed for that.
 import contextlib
 import functools
 import itertools
+import linecache
 import re
 import warnings
 
@@ -53,8 +54,8 @@ def loss_of(output):
 
 
 def backend(**settings):
-    defaults = {"inner": "aot_eager", "strict": True, "rank": RANK, "gradients": "dense"}
-    return compact_backend(**defaults | settings)
+    defaults = {"rank": RANK, "gradients": "dense", "projection": "countsketch"}
+    return compact_backend(**defaults | {"inner": "aot_eager", "strict": True} | settings)
 
 
 def sketching(**settings):
@@ -901,6 +902,93 @@ def test_a_healthy_run_has_none(gradients):
                 model(batch(number, rows))
     assert dict(compact.report().unsketched) == {}
     assert WITHOUT not in str(compact.report())
+
+
+# --- who makes sketched gradients dense ----------------------------------------------------------
+
+MAKES_DENSE = "makes sketched gradients dense"
+
+
+def run(make, compact, steps=3):
+    """What `make` gives for the weights takes a closure and makes a step."""
+    model = Mlp()
+    compiled = torch.compile(model, backend=compact)
+    step = make(model.parameters())
+    for number in range(steps):
+
+        def closure(number=number):
+            model.zero_grad()
+            loss = loss_of(compiled(batch(number)))
+            loss.backward()
+            return loss
+
+        step(closure)
+
+
+def adamw(weights):
+    return torch.optim.AdamW(weights, lr=1e-3)
+
+
+def scheduled(weights):
+    """A scheduler wraps the step of its optimizer."""
+    optimizer = adamw(weights)
+    torch.optim.lr_scheduler.ConstantLR(optimizer)
+    return lambda closure: optimizer.step(closure)
+
+
+def scaled(weights):
+    optimizer, scaler = adamw(weights), torch.amp.GradScaler("cpu", init_scale=1.0)
+
+    def step(closure):
+        scaler.scale(closure())
+        scaler.step(optimizer)
+        scaler.update()
+
+    return step
+
+
+BY_ADAMW = {
+    "plain": lambda weights: adamw(weights).step,
+    "scheduled": scheduled,
+    "scaled": scaled,
+    "within another": lambda weights: Lookahead(adamw(weights)).step,
+}
+
+
+@pytest.mark.parametrize("way", BY_ADAMW)
+def test_an_optimizer_that_does_not_know_factors_is_named_once(way):
+    """With what to do instead, at the line that calls its step."""
+    with warned(MAKES_DENSE, 1) as caught:
+        run(BY_ADAMW[way], sketching(projection=None))
+    (found,) = [w for w in caught if MAKES_DENSE in str(w.message)]
+    text = str(found.message)
+    assert text.startswith(f"AdamW {MAKES_DENSE}")
+    for advice in ("CompactAdamW", "compact_optimizer(AdamW, ...)", "gradients='dense'"):
+        assert advice in text
+    assert found.filename == __file__
+    assert "step(" in linecache.getline(found.filename, found.lineno)
+
+
+KNOW_FACTORS = {
+    "CompactAdamW": lambda weights: CompactAdamW(weights, lr=1e-3),
+    "compact_optimizer": lambda weights: compact_optimizer(torch.optim.AdamW, weights, lr=1e-3),
+    "Lookahead": lambda weights: Lookahead(CompactAdamW(weights, lr=1e-3)),
+    "two": lambda weights: Lookahead(Lookahead(CompactAdamW(weights, lr=1e-3))),
+    "Sam": lambda weights: Sam(CompactAdamW(weights, lr=1e-3)),
+}
+
+
+@pytest.mark.parametrize("name", KNOW_FACTORS)
+def test_those_that_know_factors_are_not(name):
+    """Nor those around them."""
+    with warned(MAKES_DENSE, 0):
+        run(lambda weights: KNOW_FACTORS[name](weights).step, sketching(projection=None))
+
+
+@pytest.mark.parametrize("way", BY_ADAMW)
+def test_dense_gradients_are_for_any_optimizer(way):
+    with warned(MAKES_DENSE, 0):
+        run(BY_ADAMW[way], backend())
 
 
 # --- hooks, buckets, double backward -------------------------------------------------------------

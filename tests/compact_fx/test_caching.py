@@ -14,7 +14,7 @@ import torch
 from torch._dynamo.utils import counters
 from compact_fx import compact_backend
 
-settings = json.loads(sys.argv[1])
+settings = {"gradients": "dense", "projection": "countsketch", **json.loads(sys.argv[1])}
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32))
 backend = compact_backend(strict=True, **settings)

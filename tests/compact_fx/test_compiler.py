@@ -25,8 +25,8 @@ def batch() -> torch.Tensor:
 
 
 def backend(**settings):
-    exact = {"rank": 1.0, "projection": "orthogonal", "inner": "aot_eager"}
-    return compact_backend(**exact | settings)
+    exact = {"rank": 1.0, "gradients": "dense", "projection": "orthogonal"}
+    return compact_backend(**exact | {"inner": "aot_eager"} | settings)
 
 
 def failing(original, fails):

@@ -27,7 +27,6 @@ WRONG = [
     ("gradients", "sparse", ValueError, "'dense'"),
     ("gradients", None, ValueError, "'dense'"),
     ("projection", "cauchy", ValueError, ", ".join(map(repr, KINDS))),
-    ("projection", None, ValueError, "'gaussian'"),
     ("projection", ["gaussian"], ValueError, "'gaussian'"),
     ("place", "middle", ValueError, "'auto', 'early', 'late'"),
     ("inner", "eager", ValueError, "'inductor', 'aot_eager'"),
@@ -92,10 +91,38 @@ def test_a_name_pattern_must_be_text(name):
 
 
 def test_gradients_are_dense_or_sketched():
-    assert CompactConfig().gradients == "dense"
-    assert CompactConfig(gradients="sketched").gradients == "sketched"
+    assert CompactConfig().gradients == "sketched"
+    assert CompactConfig(gradients="dense").gradients == "dense"
     with pytest.raises(ValueError, match=r"^gradients='small' must be one of 'dense', 'sketched'"):
         CompactConfig(gradients="small")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gradients", ["dense", "sketched"])
+def test_a_projection_that_is_asked_for_is_taken(gradients, kind):
+    assert CompactConfig(gradients=gradients, projection=kind).kind == kind
+
+
+def test_without_a_projection_gradients_decide():
+    assert CompactConfig().projection is None
+    assert CompactConfig().kind == "tracked"
+    assert CompactConfig(gradients="sketched", projection=None).kind == "tracked"
+    assert CompactConfig(gradients="dense").kind == "countsketch"
+
+
+@pytest.mark.parametrize(
+    ("settings", "interval"),
+    [
+        ({}, 40),
+        ({"gradients": "dense"}, 200),
+        ({"projection": "tracked"}, 40),
+        ({"gradients": "dense", "projection": "tracked"}, 40),
+        *(({"projection": kind}, 200) for kind in KINDS if kind != "tracked"),
+    ],
+)
+def test_without_an_interval_the_kind_decides(settings, interval):
+    assert CompactConfig(**settings).interval == interval
+    assert CompactConfig(**settings, update_interval=7).interval == 7
 
 
 @pytest.mark.parametrize("make", [config_from, lambda settings: compact_backend(**settings)])

@@ -62,7 +62,8 @@ def train(make_llama, tmp_path):
 
 
 def backend(**settings):
-    return compact_backend(**{"inner": "aot_eager", "strict": True, "rank": 0.25} | settings)
+    defaults = {"rank": 0.25, "gradients": "dense", "projection": "countsketch"}
+    return compact_backend(**defaults | {"inner": "aot_eager", "strict": True} | settings)
 
 
 @pytest.mark.parametrize(

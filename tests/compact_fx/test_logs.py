@@ -17,7 +17,7 @@ SCRIPT = """
 import torch
 from compact_fx import compact_backend
 model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 64))
-backend = compact_backend(inner="aot_eager", strict=True)
+backend = compact_backend(gradients="dense", inner="aot_eager", strict=True)
 torch.compile(model, backend=backend)(torch.randn(32, 64))
 """
 

@@ -22,13 +22,16 @@ def config(tmp_path: Path, **changes: object) -> str:
     return str(path)
 
 
-def test_explain(capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "ranks"), [([], "out 128 → 32"), (["--gradients", "dense"], "344 → 86")]
+)
+def test_explain(capsys, tmp_path, options, ranks):
     """Breakdown and report; pictures where asked for."""
     pytest.importorskip("matplotlib")
     plots = ["--plot", str(tmp_path / "m.png"), "--timeline", str(tmp_path / "t.png")]
-    assert main(["explain", "--hf-config", str(TINY), *SMALL, *plots]) == 0
+    assert main(["explain", "--hf-config", str(TINY), *SMALL, *options, *plots]) == 0
     printed = capsys.readouterr()
-    for word in ("compact, sketched", "optimizer", "model.layers.0.mlp.down_proj", "344 → 86"):
+    for word in ("compact, sketched", "optimizer", "model.layers.0.mlp.down_proj", ranks):
         assert word in printed.out
     assert (tmp_path / "m.png").stat().st_size > 10_000
     assert (tmp_path / "t.png").stat().st_size > 10_000
@@ -74,7 +77,8 @@ def test_graph(capsys, tmp_path, monkeypatch, with_dot):
         )
         dot.chmod(0o755)
     monkeypatch.setenv("PATH", str(programs))
-    assert main(["graph", "--hf-config", str(TINY), *SMALL, "--out", str(out)]) == 0
+    options = [*SMALL, "--gradients", "dense", "--out", str(out)]
+    assert main(["graph", "--hf-config", str(TINY), *options]) == 0
     printed = capsys.readouterr()
     names = {"joint_before", "joint_after", "forward", "backward"}
     files = {f"0_{name}.txt" for name in names} | {"0_diff.txt"}

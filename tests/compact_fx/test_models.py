@@ -6,6 +6,7 @@ import torch
 from compact_fx import compact_backend
 from compact_fx.projections import KINDS
 
+COUNTSKETCH = {"gradients": "dense", "projection": "countsketch"}
 BLOCK = (
     *(f"self_attn.{name}_proj" for name in "qkvo"),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
@@ -22,6 +23,7 @@ def test_full_rank_is_exact(
     loss, exact = gradients_of(make_llama(), tokens)
     backend = compact_backend(
         rank=1.0,
+        gradients="dense",
         projection=projection,
         recompute=recompute,
         place=place,
@@ -51,6 +53,7 @@ def test_gradients_are_g_p_pt(
     backend = compact_backend(
         rank=0.25,
         seed=3,
+        gradients="dense",
         projection=projection,
         recompute=recompute,
         inner="aot_eager",
@@ -82,7 +85,7 @@ def test_input_gradients_are_exact(make_llama, tokens, relative_error):
         step(inputs_embeds=x, labels=tokens).loss.backward()
         return x.grad
 
-    backend = compact_backend(rank=0.125, inner="aot_eager", strict=True)
+    backend = compact_backend(rank=0.125, **COUNTSKETCH, inner="aot_eager", strict=True)
     assert relative_error(input_gradient(backend), input_gradient(None)) < 1e-5
     assert len(backend.plans[0].sketched) == 15
 
@@ -104,7 +107,8 @@ def test_mean_over_seeds_approaches_the_gradient():
     step(weight, x).backward()
     exact = weight.grad
     total = torch.zeros_like(exact)
-    backend = compact_backend(rank=rank, update_interval=1, inner="aot_eager", strict=True)
+    settings = {"update_interval": 1, "inner": "aot_eager", "strict": True}
+    backend = compact_backend(rank=rank, **COUNTSKETCH, **settings)
     sketched_step = torch.compile(step, backend=backend)
     optimizer = torch.optim.SGD([weight], lr=0.0)  # each of its steps gives the next seed
     for _ in range(seeds):
@@ -120,7 +124,8 @@ def test_mean_over_seeds_approaches_the_gradient():
 
 def test_what_crosses_with_torchs_own_choice(make_llama, tokens, gradients_of):
     """Inputs of q/k/v, gate/up and down stop crossing; one z a group crosses; o_proj is late."""
-    backend = compact_backend(rank=0.25, recompute=False, inner="aot_eager", strict=True)
+    settings = {"recompute": False, "inner": "aot_eager", "strict": True}
+    backend = compact_backend(rank=0.25, **COUNTSKETCH, **settings)
     gradients_of(make_llama(), tokens, backend)
     (plan,) = backend.plans
     sites = {site.weight.removeprefix("model.layers.0."): site for site in plan.sites}
@@ -152,7 +157,8 @@ def test_never_more_bytes(
 ):
     """Also with three ranks on one activation."""
     _, exact = gradients_of(make_llama(), tokens)
-    backend = compact_backend(rank=rank, recompute=recompute, inner="aot_eager", strict=True)
+    settings = {"recompute": recompute, "inner": "aot_eager", "strict": True}
+    backend = compact_backend(rank=rank, **COUNTSKETCH, **settings)
     _, compact = gradients_of(make_llama(), tokens, backend)
     (plan,) = backend.plans
     assert plan.sketched
@@ -164,7 +170,7 @@ def test_never_more_bytes(
 def test_through_inductor(make_llama, tokens, gradients_of, expected_gradients, relative_error):
     """The generated code computes what the graphs say."""
     loss, exact = gradients_of(make_llama(layers=1), tokens)
-    backend = compact_backend(rank=0.25, strict=True)
+    backend = compact_backend(rank=0.25, **COUNTSKETCH, strict=True)
     compact_loss, compact = gradients_of(make_llama(layers=1), tokens, backend)
     assert len(backend.plans[0].sketched) == 8
     assert compact_loss == pytest.approx(loss, rel=1e-5)
@@ -182,7 +188,7 @@ def test_on_cuda(
     tokens = tokens.cuda()
     reference, model = make_llama(layers=1).cuda(), make_llama(layers=1).cuda()
     settings = {"projection": projection, "update_interval": 2, "mode": mode}
-    backend = compact_backend(rank=0.25, strict=True, **settings)
+    backend = compact_backend(rank=0.25, gradients="dense", strict=True, **settings)
     step = torch.compile(model, backend=backend)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     loss, exact = gradients_of(reference, tokens)

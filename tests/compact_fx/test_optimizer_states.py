@@ -30,8 +30,8 @@ def batch(step: int = 0, dtype=torch.float32) -> Tensor:
 
 
 def backend(**settings):
-    defaults = {"inner": "aot_eager", "strict": True, "rank": 0.25, "gradients": "sketched"}
-    return compact_backend(**defaults | settings)
+    defaults = {"rank": 0.25, "gradients": "sketched", "projection": "countsketch"}
+    return compact_backend(**defaults | {"inner": "aot_eager", "strict": True} | settings)
 
 
 def train(model, optimizer, steps, first=0, **settings):

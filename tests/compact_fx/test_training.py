@@ -65,8 +65,8 @@ def batch(*shape: int, seed: int = 2) -> torch.Tensor:
 
 
 def backend(**settings):
-    exact = {"rank": 1.0, "projection": "orthogonal", "inner": "aot_eager", "strict": True}
-    return compact_backend(**exact | settings)
+    exact = {"rank": 1.0, "gradients": "dense", "projection": "orthogonal"}
+    return compact_backend(**exact | {"inner": "aot_eager", "strict": True} | settings)
 
 
 def dense_of(gradient):

@@ -35,7 +35,7 @@ def _joint_of(module: nn.Module, *inputs: torch.Tensor, split: bool = True) -> J
     found: list[JointGraph] = []
 
     def backend(graph_module, example_inputs):
-        config = CompactConfig(inner="aot_eager")
+        config = CompactConfig(gradients="dense", inner="aot_eager")
         with pytest.MonkeyPatch.context() as patch:
             if not split:
                 patch.setattr(joint_graph, "split_grouped_backward", lambda module: 0)

@@ -40,6 +40,11 @@ def attention_of(calls):
     return make
 
 
+def config_of(**settings):
+    """Dense gradients with a countsketch, where nothing else is said."""
+    return CompactConfig(**{"gradients": "dense", "projection": "countsketch"} | settings)
+
+
 def sites_of(plan):
     return {site.weight: site for site in plan.sites}
 
@@ -51,7 +56,7 @@ def sites_of(plan):
 
 @pytest.mark.parametrize(("rank", "columns"), [(0.25, 16), (7, 7), (1.0, 64), (64, 64)])
 def test_a_rank_becomes_columns(joint_of, rank, columns):
-    plan = choose_sites(joint_of(nn.Linear(64, 48), batch()), CompactConfig(rank=rank))
+    plan = choose_sites(joint_of(nn.Linear(64, 48), batch()), config_of(rank=rank))
     (site,) = plan.sites
     (projection,) = plan.projections
     assert (site.in_features, site.out_features) == (64, 48)
@@ -75,7 +80,7 @@ SETTINGS = {
 @pytest.mark.parametrize("layer", [lambda: nn.Linear(64, 48), lambda: Conv1D(48, 64)])
 def test_what_the_settings_leave_alone_has_a_reason(joint_of, case, layer):
     settings, reason = SETTINGS[case]
-    plan = choose_sites(joint_of(layer(), batch()), CompactConfig(**settings))
+    plan = choose_sites(joint_of(layer(), batch()), config_of(**settings))
     (site,) = plan.sites
     assert (site.reason, site.rank, site.placement) == (reason, 0, None)
     assert (site.sketch, site.projection) == (None, None)
@@ -85,7 +90,7 @@ def test_what_the_settings_leave_alone_has_a_reason(joint_of, case, layer):
 
 
 def test_min_features_is_inclusive(joint_of):
-    plan = choose_sites(joint_of(nn.Linear(64, 48), batch()), CompactConfig(min_features=64))
+    plan = choose_sites(joint_of(nn.Linear(64, 48), batch()), config_of(min_features=64))
     assert len(plan.sketched) == 1
 
 
@@ -96,14 +101,14 @@ def test_reasons_of_the_finder_are_kept(joint_of, calls):
         frozen=nn.Parameter(torch.randn(64, 64), requires_grad=False),
         fc=nn.Linear(64, 64),
     )
-    sites = sites_of(choose_sites(joint_of(module, torch.randint(0, 50, (2, 8))), CompactConfig()))
+    sites = sites_of(choose_sites(joint_of(module, torch.randint(0, 50, (2, 8))), config_of()))
     assert sites["frozen"].reason == "frozen, or no gradient reaches it"
     assert "no matmul" in sites["e.weight"].reason
     assert sites["fc.weight"].placement is not None
 
 
 def test_every_rank_of_a_mapping_goes_to_its_weights(joint_of):
-    config = CompactConfig(rank={"1.*": 8, "*": 0.5})
+    config = config_of(rank={"1.*": 8, "*": 0.5})
     sites = sites_of(choose_sites(joint_of(mlp(), batch()), config))
     assert (sites["1.weight"].rank, sites["3.weight"].rank) == (8, 32)
 
@@ -115,7 +120,7 @@ def test_projections_are_of_the_kind_and_of_the_activations_dtype(joint_of, call
             return m.fc(x)
 
     joint = joint_of(calls(forward, fc=nn.Linear(64, 48)), batch())
-    (projection,) = choose_sites(joint, CompactConfig(projection=kind)).projections
+    (projection,) = choose_sites(joint, config_of(projection=kind)).projections
     assert (projection.kind, projection.dtype) == (kind, torch.bfloat16)
     assert projection.salt == salt_of("fc.weight")
 
@@ -126,7 +131,7 @@ def test_projections_are_of_the_kind_and_of_the_activations_dtype(joint_of, call
 
 
 def test_query_key_and_value_share_one_sketch(joint_of, attention_of):
-    plan = choose_sites(joint_of(attention_of(), batch()), CompactConfig())
+    plan = choose_sites(joint_of(attention_of(), batch()), config_of())
     sites = sites_of(plan)
     shared = [sites[f"{name}.weight"] for name in "qkv"]
     assert len({site.sketch for site in shared}) == len({site.projection for site in shared}) == 1
@@ -137,7 +142,7 @@ def test_query_key_and_value_share_one_sketch(joint_of, attention_of):
 
 
 def test_different_ranks_on_one_activation_are_different_sketches(joint_of, attention_of):
-    config = CompactConfig(rank={"q*": 8, "*": 16}, place="early")
+    config = config_of(rank={"q*": 8, "*": 16}, place="early")
     sites = sites_of(choose_sites(joint_of(attention_of(), batch()), config))
     assert sites["q.weight"].sketch != sites["k.weight"].sketch
     assert sites["k.weight"].sketch == sites["v.weight"].sketch
@@ -146,7 +151,7 @@ def test_different_ranks_on_one_activation_are_different_sketches(joint_of, atte
 
 def test_a_weight_used_twice_has_two_sketches_of_one_projection(joint_of, calls):
     module = calls(lambda m, x: m.fc(m.fc(x.sin()).tanh()), fc=nn.Linear(64, 64))
-    plan = choose_sites(joint_of(module, batch()), CompactConfig())
+    plan = choose_sites(joint_of(module, batch()), config_of())
     first, second = plan.sites
     assert (first.use, second.use) == (0, 1)
     assert first.sketch != second.sketch
@@ -155,7 +160,7 @@ def test_a_weight_used_twice_has_two_sketches_of_one_projection(joint_of, calls)
 
 
 def test_weights_that_share_nothing_have_their_own_projections(joint_of):
-    plan = choose_sites(joint_of(mlp(), batch()), CompactConfig())
+    plan = choose_sites(joint_of(mlp(), batch()), config_of())
     assert {projection.salt for projection in plan.projections} == {
         salt_of("1.weight"),
         salt_of("3.weight"),
@@ -164,8 +169,8 @@ def test_weights_that_share_nothing_have_their_own_projections(joint_of):
 
 def test_sketching_one_weight_less_does_not_change_the_other_projections(joint_of):
     joint = joint_of(mlp(), batch())
-    both = choose_sites(joint, CompactConfig()).projections
-    assert choose_sites(joint, CompactConfig(exclude=("1.*",))).projections == both[1:]
+    both = choose_sites(joint, config_of()).projections
+    assert choose_sites(joint, config_of(exclude=("1.*",))).projections == both[1:]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -174,7 +179,7 @@ def test_sketching_one_weight_less_does_not_change_the_other_projections(joint_o
 
 
 def test_an_activation_that_crosses_for_its_weights_alone_is_sketched_early(joint_of):
-    plan = choose_sites(joint_of(nn.Linear(64, 48), batch()), CompactConfig())
+    plan = choose_sites(joint_of(nn.Linear(64, 48), batch()), config_of())
     (site,) = plan.sites
     assert site.placement == "early"
     cost, account = plan.cost_of(site), plan.account
@@ -189,34 +194,34 @@ def test_an_activation_that_something_else_keeps_is_sketched_late(joint_of, call
 
     module = calls(forward, first=nn.Linear(64, 64), second=nn.Linear(64, 64))
     joint = joint_of(module, batch())
-    plan = choose_sites(joint, CompactConfig(recompute=False))
+    plan = choose_sites(joint, config_of(recompute=False))
     site = sites_of(plan)["second.weight"]
     assert site.placement == "late"
     assert plan.cost_of(site).bytes_after == plan.cost_of(site).bytes_before == 128 * 64 * 4
-    assert sites_of(choose_sites(joint, CompactConfig()))["second.weight"].placement == "late"
+    assert sites_of(choose_sites(joint, config_of()))["second.weight"].placement == "late"
 
 
 @pytest.mark.parametrize("place", ["early", "late"])
 def test_a_place_that_is_asked_for_is_taken(joint_of, attention_of, place):
-    plan = choose_sites(joint_of(attention_of(), batch()), CompactConfig(place=place))
+    plan = choose_sites(joint_of(attention_of(), batch()), config_of(place=place))
     assert len(plan.sketched) == 4
     assert {site.placement for site in plan.sketched} == {place}
 
 
 def test_early_sketches_cross(joint_of):
-    plan = choose_sites(joint_of(mlp(), batch()), CompactConfig(place="early"))
+    plan = choose_sites(joint_of(mlp(), batch()), config_of(place="early"))
     assert {site.placement for site in plan.sites} == {"early"}
     assert [cost.bytes_after for cost in plan.account.sites] == [128 * 16 * 4] * 2
 
 
 def test_early_sketches_cross_where_nothing_is_rebuilt(joint_of):
-    config = CompactConfig(place="early", recompute=False)
+    config = config_of(place="early", recompute=False)
     plan = choose_sites(joint_of(mlp(), batch()), config)
     assert [cost.bytes_after for cost in plan.account.sites] == [128 * 16 * 4] * 2
 
 
 def test_sites_on_one_activation_have_one_placement_and_count_it_once(joint_of, attention_of):
-    plan = choose_sites(joint_of(attention_of(), batch()), CompactConfig())
+    plan = choose_sites(joint_of(attention_of(), batch()), config_of())
     sites = [sites_of(plan)[f"{name}.weight"] for name in "qkv"]
     assert len({site.placement for site in sites}) == 1
     assert sum(plan.cost_of(site).bytes_before > 0 for site in sites) <= 1
@@ -242,7 +247,7 @@ def test_bytes_never_grow_on_attention(joint_of, attention_of):
     joint = joint_of(attention_of(), batch())
     before = partition(joint.copy(), recompute=False).saved
     for rank in RANKS:
-        plan = choose_sites(joint, CompactConfig(rank=rank))
+        plan = choose_sites(joint, config_of(rank=rank))
         assert plan.account.saved_before == before
         assert plan.account.bytes_after <= plan.account.bytes_before, rank
 
@@ -255,7 +260,7 @@ def test_bytes_never_grow_on_shared_inputs(joint_of, calls, recompute):
 
     joint = joint_of(calls(forward, **{name: nn.Linear(64, 64) for name in "qkvo"}), batch())
     for rank in RANKS:
-        plan = choose_sites(joint, CompactConfig(rank=rank, recompute=recompute))
+        plan = choose_sites(joint, config_of(rank=rank, recompute=recompute))
         assert plan.account.bytes_after <= plan.account.bytes_before, rank
 
 
@@ -268,7 +273,7 @@ def test_nothing_is_sketched_where_that_keeps_more(joint_of, monkeypatch):
         return replace(cut, saved_by_storage={**cut.saved_by_storage, -1: more})
 
     monkeypatch.setattr("compact_fx.passes.apply_plan.partition", costly)
-    plan = choose_sites(joint_of(mlp(), batch()), CompactConfig())
+    plan = choose_sites(joint_of(mlp(), batch()), config_of())
     assert plan.sketched == plan.projections == plan.inputs == ()
     assert plan.account.saved_after == plan.account.saved_before
     for site in plan.sites:
@@ -278,12 +283,12 @@ def test_nothing_is_sketched_where_that_keeps_more(joint_of, monkeypatch):
 
 
 def test_a_short_sequence_of_wide_sketches_does_not_grow(joint_of, attention_of):
-    plan = choose_sites(joint_of(attention_of(), batch(1, 2, 64)), CompactConfig(rank=63))
+    plan = choose_sites(joint_of(attention_of(), batch(1, 2, 64)), config_of(rank=63))
     assert plan.account.bytes_after <= plan.account.bytes_before
 
 
 def test_sketching_saves_floating_point_operations(joint_of, attention_of):
-    plan = choose_sites(joint_of(attention_of(), batch(8, 64, 64)), CompactConfig(rank=8))
+    plan = choose_sites(joint_of(attention_of(), batch(8, 64, 64)), config_of(rank=8))
     assert len(plan.sketched) == 4
     for site in plan.sketched:
         assert plan.cost_of(site).flops_before == 2 * 512 * 64 * 64
@@ -291,7 +296,7 @@ def test_sketching_saves_floating_point_operations(joint_of, attention_of):
 
 
 def test_a_shared_sketch_is_cheaper_than_its_own(joint_of, attention_of):
-    config = CompactConfig(projection="gaussian")
+    config = config_of(projection="gaussian")
     plan = choose_sites(joint_of(attention_of(), batch()), config)
     sites = sites_of(plan)
     t, n, r, m = 128, 64, 16, 64
@@ -303,7 +308,7 @@ def test_a_shared_sketch_is_cheaper_than_its_own(joint_of, attention_of):
 
 
 def test_products_with_a_countsketch_take_one_operation_for_each_row(joint_of, attention_of):
-    plan = choose_sites(joint_of(attention_of(), batch()), CompactConfig())
+    plan = choose_sites(joint_of(attention_of(), batch()), config_of())
     sites = sites_of(plan)
     t, n, r, m = 128, 64, 16, 64
     assert plan.cost_of(sites["o.weight"]).flops_after == 2 * (t * n + t * r * m + n * m)
@@ -315,7 +320,7 @@ def test_products_with_a_countsketch_take_one_operation_for_each_row(joint_of, a
 
 
 def tracked(**settings):
-    return CompactConfig(projection="tracked", **settings)
+    return config_of(projection="tracked", **settings)
 
 
 def narrowing():
@@ -350,7 +355,7 @@ def test_the_output_side_needs_room_for_the_rank(joint_of, settings, side):
 
 
 def test_random_projections_stay_on_the_input_side(joint_of):
-    plan = choose_sites(joint_of(narrowing(), batch(2, 512, 64)), CompactConfig())
+    plan = choose_sites(joint_of(narrowing(), batch(2, 512, 64)), config_of())
     assert {site.side for site in plan.sites} == {"input"}
 
 
@@ -403,7 +408,7 @@ def test_it_changes_nothing(joint_of, attention_of, place):
     joint = joint_of(attention_of(), batch())
     nodes = [(node.name, node.target, str(node.args)) for node in joint.module.graph.nodes]
     meta = [set(node.meta) for node in joint.module.graph.nodes]
-    plan = choose_sites(joint, CompactConfig(place=place))
+    plan = choose_sites(joint, config_of(place=place))
     assert len(plan.sketched) == 4
     after = [(node.name, node.target, str(node.args)) for node in joint.module.graph.nodes]
     assert after == nodes
@@ -412,14 +417,14 @@ def test_it_changes_nothing(joint_of, attention_of, place):
 
 
 def test_it_decides_the_same_again(joint_of, attention_of):
-    module, config = attention_of(), CompactConfig()
+    module, config = attention_of(), config_of()
     joint = joint_of(module, batch())
     assert choose_sites(joint, config) == choose_sites(joint, config)
     assert choose_sites(joint_of(module, batch()), config) == choose_sites(joint, config)
 
 
 def test_a_graph_input_is_sketched(joint_of):
-    plan = choose_sites(joint_of(nn.Linear(64, 48), batch(128, 64)), CompactConfig())
+    plan = choose_sites(joint_of(nn.Linear(64, 48), batch(128, 64)), config_of())
     assert [site.placement for site in plan.sites] == ["early"]
 
 
@@ -428,7 +433,7 @@ def test_symbolic_batches_are_sketched(joint_of, dims):
     x = batch(6, 8, 64)
     for dim in dims:
         torch._dynamo.mark_dynamic(x, dim)
-    plan = choose_sites(joint_of(mlp(), x), CompactConfig())
+    plan = choose_sites(joint_of(mlp(), x), config_of())
     assert len(plan.sketched) == 2
     assert plan.account.bytes_after < plan.account.bytes_before
     assert all(
@@ -438,7 +443,7 @@ def test_symbolic_batches_are_sketched(joint_of, dims):
 
 
 def test_parameters_do_not_count_as_kept(joint_of, attention_of):
-    plan = choose_sites(joint_of(attention_of(), batch(1, 3, 64)), CompactConfig())
+    plan = choose_sites(joint_of(attention_of(), batch(1, 3, 64)), config_of())
     weight = 64 * 64 * 4
     assert all(
         saved.bytes != weight for saved in plan.account.saved_before + plan.account.saved_after

@@ -14,6 +14,9 @@ from compact_fx.projections import DRAWN, RANDOM_PROJECTION
 aten = torch.ops.aten
 
 
+DEFAULTS = {"gradients": "dense", "projection": "countsketch"}
+
+
 def batch():
     return torch.randn(2, 8, 48)
 
@@ -28,7 +31,7 @@ def mlp():
 def rewritten(joint_of):
     def make(module, *inputs, **settings):
         joint = joint_of(module, *inputs)
-        plan = choose_sites(joint, CompactConfig(**settings))
+        plan = choose_sites(joint, CompactConfig(**DEFAULTS | settings))
         changed = joint.with_inputs(plan)
         rewrite_weight_grads(changed, plan)
         return changed

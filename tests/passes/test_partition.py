@@ -16,6 +16,9 @@ from compact_fx.projections import RANDOM_PROJECTION
 TOKENS = 34
 
 
+DEFAULTS = {"gradients": "dense", "projection": "countsketch"}
+
+
 def batch(features=64):
     return torch.randn(2, TOKENS // 2, features)
 
@@ -40,7 +43,7 @@ def cut_of(joint_of):
     """The rewritten joint graph, its plan, and its cut."""
 
     def make(module, *inputs, **settings):
-        config = CompactConfig(**settings)
+        config = CompactConfig(**DEFAULTS | settings)
         joint = joint_of(module, *inputs)
         plan = choose_sites(joint, config)
         changed = joint.with_inputs(plan)

@@ -22,6 +22,9 @@ from compact_fx.projections import RANDOM_PROJECTION, fold_in, random_projection
 mm = torch.ops.aten.mm.default
 
 
+DEFAULTS = {"gradients": "dense", "projection": "countsketch"}
+
+
 def batch(*shape):
     return torch.randn(shape or (2, 16, 64))
 
@@ -32,7 +35,7 @@ def rewritten(joint_of):
 
     def make(module, *inputs, **settings):
         joint = joint_of(module, *inputs)
-        plan = choose_sites(joint, CompactConfig(**settings))
+        plan = choose_sites(joint, CompactConfig(**DEFAULTS | settings))
         changed = joint.with_inputs(plan)
         return joint, plan, changed, rewrite_weight_grads(changed, plan)
 
@@ -186,7 +189,7 @@ def test_experts_share_a_projection_and_keep_their_matmul(rewritten, calls, ops_
 
 def test_a_rank_that_rows_of_a_grouped_matmul_cannot_have_is_left_alone(joint_of, calls):
     joint = joint_of(layers(calls)["grouped"], batch())
-    (site,) = choose_sites(joint, CompactConfig(rank=12)).sites
+    (site,) = choose_sites(joint, CompactConfig(**DEFAULTS, rank=12)).sites
     assert site.reason == "rank 12 is not a multiple of 8 in a grouped matmul"
 
 
@@ -239,7 +242,8 @@ def test_a_square_activation_and_its_transpose_have_sketches_of_their_own(
         if is_transposition(node) and is_transposition(node.args[0]):
             node.replace_all_uses_with(node.args[0].args[0])
     finish(joint.module)
-    plan = choose_sites(joint, CompactConfig(rank=1.0, projection="orthogonal", place="late"))
+    settings = {"rank": 1.0, "projection": "orthogonal", "place": "late"}
+    plan = choose_sites(joint, CompactConfig(**DEFAULTS | settings))
     left, right = (grad.uses[0] for grad in find_weight_grads(joint))
     assert left.activation is right.activation
     assert [use.features_first for use in (left, right)] == [True, False]
@@ -340,7 +344,7 @@ def test_the_size_of_a_loss_does_not_matter_to_where_a_projection_goes(
 
 def test_grouped_products_without_a_kernel_are_not_tracked(joint_of, calls):
     joint = joint_of(layers(calls)["grouped in float32"], batch())
-    (site,) = choose_sites(joint, CompactConfig(projection="tracked")).sites
+    (site,) = choose_sites(joint, CompactConfig(gradients="dense", projection="tracked")).sites
     assert site.reason == "a grouped matmul of this dtype is not tracked"
 
 
@@ -363,7 +367,7 @@ def test_early_tracked_tokens_have_memory_of_their_own(rewritten, calls):
 )
 def test_a_site_that_is_not_there_cannot_be_compacted(joint_of, change):
     joint = joint_of(nn.Linear(64, 48), batch())
-    plan = choose_sites(joint, CompactConfig())
+    plan = choose_sites(joint, CompactConfig(**DEFAULTS))
     wrong = replace(plan, sites=tuple(replace(site, **change) for site in plan.sites))
     with pytest.raises(CannotCompact, match="gradient of weight is not the one"):
         rewrite_weight_grads(joint.with_inputs(plan), wrong)

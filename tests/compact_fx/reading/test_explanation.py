@@ -84,9 +84,8 @@ def table_6():
             vocab_size=32,
         )
         model, x = LlamaModel(config), torch.zeros(B, L, N)
-    return explain(
-        model, inputs_embeds=x, use_cache=False, rank=0.25, recompute=False, like_eager=True
-    )
+    settings = {"gradients": "dense", "recompute": False, "like_eager": True}
+    return explain(model, inputs_embeds=x, use_cache=False, rank=0.25, **settings)
 
 
 def block(saved, number):
@@ -132,7 +131,8 @@ def test_compiled_keeps_less_of_the_block():
                 vocab_size=32,
             )
         )
-        found = explain(model, inputs_embeds=torch.zeros(B, L, N), use_cache=False, rank=0.25)
+        x = torch.zeros(B, L, N)
+        found = explain(model, inputs_embeds=x, use_cache=False, rank=0.25, gradients="dense")
     operators = {saved.op for saved in found.report.plans[0].account.saved_after}
     assert "silu.default" not in operators
     assert "sketch" not in {saved.kind for saved in found.report.plans[0].account.saved_after}
@@ -167,8 +167,15 @@ def test_eager_column_has_the_mask_that_hugging_face_makes_when_traced(
     "settings",
     [
         {"rank": 0.25, "inner": "aot_eager"},
-        {"rank": 8, "gradients": "sketched", "exclude": ("*up*",), "inner": "aot_eager"},
-        {"rank": 0.5, "recompute": False, "projection": "orthogonal", "place": "early"},
+        {"rank": 0.25, "gradients": "dense", "inner": "aot_eager"},
+        {"rank": 8, "projection": "countsketch", "exclude": ("*up*",), "inner": "aot_eager"},
+        {
+            "rank": 0.5,
+            "gradients": "dense",
+            "recompute": False,
+            "projection": "orthogonal",
+            "place": "early",
+        },
     ],
 )
 def test_plan_is_the_backends(settings):
@@ -178,7 +185,7 @@ def test_plan_is_the_backends(settings):
     backend = compact_backend(**settings, strict=True)
     torch.compile(model, backend=backend)(x)
     assert list(found.report.plans) == backend.plans
-    way = SKETCHED if settings.get("gradients") == "sketched" else DENSE
+    way = DENSE if settings.get("gradients") == "dense" else SKETCHED
     assert found.memory[way].saved == backend.plans[0].account.bytes_after
     assert found.memory[COMPILED].saved == backend.plans[0].account.bytes_before
 
@@ -261,7 +268,7 @@ def test_columns_of_a_layer_counted_by_hand():
     model, x = nn.Linear(256, 128), torch.zeros(1024, 256)
     weight, bias = 4 * 256 * 128, 4 * 128
     for optimizer, states in {"adamw": 2, "adam": 2, "sgd": 0, "momentum": 1}.items():
-        memory = explain(model, x, optimizer=optimizer).memory
+        memory = explain(model, x, optimizer=optimizer, projection="countsketch").memory
         assert tuple(memory) == VARIANTS
         for way, row in memory.items():
             gradient = (weight // 4 if way == SKETCHED else weight) + bias
@@ -319,7 +326,7 @@ def test_own_loss():
 
 def test_graph_breaks():
     """Each graph has a plan, and saved tensors of all are added."""
-    found = explain(Attention(graph_break=True), batch())
+    found = explain(Attention(graph_break=True), batch(), gradients="dense")
     assert len(found.report.plans) == len(found.graphs) == 2
     assert sum(found.report.graph_breaks.values()) == 1
     assert found.memory[DENSE].saved == sum(plan.account.bytes_after for plan in found.report.plans)
@@ -411,7 +418,8 @@ def test_names_that_mean_two_things_are_refused():
 
     with pytest.raises(TypeError, match="rank: settings of the backend and arguments"):
         explain(Ranked(64, 64), torch.zeros(8, 64), rank=3)
-    config = CompactConfig(rank=0.5, inner="aot_eager")  # then all keywords are the model's
+    settings = {"rank": 0.5, "gradients": "dense", "inner": "aot_eager"}
+    config = CompactConfig(**settings)  # then all keywords are the model's
     found = explain(Ranked(64, 64), torch.zeros(8, 64), config=config, rank=3)
     assert [site.rank for site in found.report.plans[0].sites] == [32]
     with pytest.raises(TypeError, match="'rnk' is neither an argument"):
@@ -447,7 +455,8 @@ def test_what_checkpoints_recompute_is_not_alive_at_once(make_llama, tokens):
     for layers in (2, 6):
         model = make_llama(layers).train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        memory = explain(model, tokens, labels=tokens, optimizer="sgd").memory
+        settings = {"optimizer": "sgd", "projection": "countsketch"}
+        memory = explain(model, tokens, labels=tokens, **settings).memory
         for variant in VARIANTS:
             row = memory[variant]
             peaks[variant, layers] = row.peak - row.weights - row.gradients - row.saved
@@ -476,7 +485,7 @@ def test_predicted_peaks_are_those_of_a_gpu(projection):
     settings = {"rank": 0.25, "projection": projection}
     backends = {
         COMPILED: "inductor",
-        DENSE: compact_backend(**settings),
+        DENSE: compact_backend(**settings, gradients="dense"),
         SKETCHED: compact_backend(**settings, gradients="sketched"),
     }
     for variant, backend in backends.items():

@@ -24,9 +24,9 @@ class Layer(nn.Module):
 
 
 def compiled(model, *args, **settings):
-    backend = compact_backend(
-        **{"inner": "aot_eager", "strict": True, "rank": 0.25, "recompute": False} | settings
-    )
+    defaults = {"rank": 0.25, "gradients": "dense", "projection": "countsketch"}
+    defaults |= {"inner": "aot_eager", "strict": True, "recompute": False}
+    backend = compact_backend(**defaults | settings)
     torch.compile(model, backend=backend)(*args)
     return backend
 
@@ -56,7 +56,8 @@ def test_keep_graphs_decides_nothing():
         torch._dynamo.reset()
         torch.manual_seed(0)
         model, x = Layer(), torch.randn(128, 64)
-        backend = compact_backend(rank=0.25, inner="aot_eager", strict=True, keep_graphs=keep)
+        settings = {"inner": "aot_eager", "strict": True, "keep_graphs": keep}
+        backend = compact_backend(rank=0.25, gradients="dense", **settings)
         torch.compile(model, backend=backend)(x).sum().backward()
         results.append((backend.plans, model.proj.weight.grad))
     assert results[0][0] == results[1][0]

@@ -123,7 +123,8 @@ def test_a_backward_ends_with_the_gradients():
     """Factors of sketched weights are small, whatever views lie between them and the output."""
     model = nn.Sequential(nn.Linear(256, 512), nn.Tanh(), nn.Linear(512, 256))
     x = torch.zeros(64, 256)
-    memory = explain(model, x, rank=0.25, gradients="sketched", inner="aot_eager").memory
+    settings = {"projection": "countsketch", "inner": "aot_eager"}
+    memory = explain(model, x, rank=0.25, gradients="sketched", **settings).memory
     assert memory[SKETCHED].gradients < memory[DENSE].gradients / 3
     for way in (COMPILED, DENSE, SKETCHED):
         row = memory[way]

@@ -18,6 +18,8 @@ from compact_fx import (
 from compact_fx.plan import SiteCost
 from compact_fx.reading.report import arrow, merge_names
 
+COUNTSKETCH = {"gradients": "dense", "projection": "countsketch"}
+
 
 class Scaled(nn.Module):
     """Two linear layers, buffers that the backward reads, and perhaps a graph break."""
@@ -37,7 +39,7 @@ class Scaled(nn.Module):
 
 
 def report_of(model, *args, **kwargs):
-    backend = compact_backend(rank=0.25, inner="aot_eager", strict=True)
+    backend = compact_backend(rank=0.25, **COUNTSKETCH, inner="aot_eager", strict=True)
     torch.compile(model, backend=backend)(*args, **kwargs)
     return backend.report()
 
@@ -69,7 +71,8 @@ def test_names_are_merged(names, patterns):
 
 def test_repeated_layers_are_one_row(make_llama, tokens):
     """A row has its weights' number and their sums."""
-    backend = compact_backend(rank=0.25, inner="aot_eager", strict=True, exclude=("*.1.*gate*",))
+    settings = {"inner": "aot_eager", "strict": True, "exclude": ("*.1.*gate*",)}
+    backend = compact_backend(rank=0.25, **COUNTSKETCH, **settings)
     torch.compile(make_llama(layers=3), backend=backend)(input_ids=tokens, labels=tokens)
     report = backend.report()
     cells = [
@@ -244,7 +247,8 @@ def bytes_of_sources(plan: Plan) -> int:
 def test_totals_are_what_autograd_keeps(make_llama, tokens, kept_bytes, inner, recompute):
     """To the byte: torch.compile's own partition before, ours after, on a real run."""
     model = make_llama(layers=1)
-    backend = compact_backend(rank=0.25, inner=inner, recompute=recompute, strict=True)
+    settings = {"inner": inner, "recompute": recompute, "strict": True}
+    backend = compact_backend(rank=0.25, **COUNTSKETCH, **settings)
     lasting = [*model.parameters(), *model.buffers()]
 
     def run(compiled):
@@ -262,7 +266,7 @@ def test_totals_are_what_autograd_keeps(make_llama, tokens, kept_bytes, inner, r
 def test_buffers_do_not_cross(kept_bytes):
     """The backward reads them, and they are there anyway."""
     model, x = Scaled(), torch.randn(32, 64)
-    backend = compact_backend(rank=0.25, inner="aot_eager", strict=True)
+    backend = compact_backend(rank=0.25, **COUNTSKETCH, inner="aot_eager", strict=True)
     compiled = torch.compile(model, backend=backend)
     kept = kept_bytes(lambda: compiled(x), [*model.parameters(), *model.buffers()])
     (plan,) = backend.plans

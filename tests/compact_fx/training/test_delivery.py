@@ -31,8 +31,8 @@ def batch(rows=64):
 
 
 def backend(gradients="sketched", **settings):
-    defaults = {"inner": "aot_eager", "strict": True, "rank": 0.25}
-    return compact_backend(**defaults | {"gradients": gradients} | settings)
+    defaults = {"rank": 0.25, "gradients": gradients, "projection": "countsketch"}
+    return compact_backend(**defaults | {"inner": "aot_eager", "strict": True} | settings)
 
 
 def is_sketched(gradient):

@@ -31,8 +31,8 @@ def batch(step: int = 0) -> Tensor:
 
 
 def backend(**settings):
-    defaults = {"inner": "aot_eager", "strict": True, "rank": 0.25, "gradients": "sketched"}
-    return compact_backend(**defaults | settings)
+    defaults = {"rank": 0.25, "gradients": "sketched", "projection": "countsketch"}
+    return compact_backend(**defaults | {"inner": "aot_eager", "strict": True} | settings)
 
 
 def train(model, compact, optimizer, steps, clip=None, first=0):
@@ -521,7 +521,8 @@ def test_on_cuda(fused):
     torch.manual_seed(0)
     n = 1024
     model = nn.Sequential(*(nn.Linear(n, n, bias=False) for _ in range(4))).cuda().bfloat16()
-    compact = compact_backend(rank=0.25, gradients="sketched", update_interval=3, strict=True)
+    settings = {"gradients": "sketched", "projection": "countsketch", "update_interval": 3}
+    compact = compact_backend(rank=0.25, strict=True, **settings)
     step = torch.compile(model, backend=compact)
     optimizer = CompactAdamW(model.parameters(), lr=1e-3, fused=fused)
     x = torch.randn(512, n, device="cuda", dtype=torch.bfloat16)

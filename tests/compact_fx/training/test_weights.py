@@ -216,7 +216,8 @@ def test_checkpoints_draw_once_a_generation(monkeypatch, use_reentrant):
 
     monkeypatch.setattr(drawn, "countsketch_table", counted)
     layer = torch.nn.Linear(64, 64)
-    backend = compact_backend(rank=0.25, inner="aot_eager", update_interval=3, strict=True)
+    settings = {"gradients": "dense", "projection": "countsketch", "update_interval": 3}
+    backend = compact_backend(rank=0.25, inner="aot_eager", strict=True, **settings)
     compiled = torch.compile(layer, backend=backend)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     steps = []
