@@ -184,7 +184,7 @@ class GraphInputs:
         for group, p in zip(groups, self._plan.projections, strict=True):
             root = group.root()
             if p.is_tracked:
-                versions.append((root.salt, root.followed[p.features, p.rank].version))
+                versions.append((root.salt, root.followed[p.features, p.rank, self._seed].version))
             else:
                 versions.append((root.salt, root.steps // self._interval))
         return versions

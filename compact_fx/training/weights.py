@@ -27,12 +27,12 @@ class Group:
 
     Attributes:
         salt: of their projection.
-        followed: by features and rank, where it is a tracked one.
+        followed: by features, rank and seed, where it is a tracked one.
     """
 
     def __init__(self, salt: int) -> None:
         self.salt = salt
-        self.followed: dict[tuple[int, int], Followed] = {}
+        self.followed: dict[tuple[int, int, int], Followed] = {}
         self._members: list[weakref.ref[WeightRecord]] = []
         self._merged_into: Group | None = None
 
@@ -52,11 +52,11 @@ class Group:
 
     def follow(self, projection: Projection, seed: int, device: torch.device) -> Followed:
         """Its tracked projection of this shape; a new one begins at random."""
-        shape = (projection.features, projection.rank)
-        if shape not in self.followed:
+        key = (projection.features, projection.rank, seed)
+        if key not in self.followed:
             version = first_version(projection, seed, device)
-            self.followed[shape] = Followed(projection, seed, self.steps_so_far, version)
-        return self.followed[shape]
+            self.followed[key] = Followed(projection, seed, self.steps_so_far, version)
+        return self.followed[key]
 
     def root(self) -> "Group":
         """The group that this one has become."""
@@ -141,8 +141,8 @@ class WeightRecord:
         """The tracked projection that this basis is a version of."""
         if self.group is None or not basis.projection.is_tracked:
             return None
-        shape = (basis.projection.features, basis.projection.rank)
-        return self.group.root().followed.get(shape)
+        key = (basis.projection.features, basis.projection.rank, basis.seed)
+        return self.group.root().followed.get(key)
 
     def restore_followed(
         self, basis: Basis, version: Version, gradient: Tensor | None, changed_at: int
@@ -151,7 +151,7 @@ class WeightRecord:
         assert self.group is not None
         group, projection = self.group.root(), basis.projection
         gradient = None if gradient is None else gradient.clone()  # others have the same
-        group.followed[projection.features, projection.rank] = Followed(
+        group.followed[projection.features, projection.rank, basis.seed] = Followed(
             projection, basis.seed, group.steps_so_far, version, gradient, changed_at
         )
 
@@ -203,54 +203,68 @@ def _watch_optimizers() -> None:
     register_optimizer_step_post_hook(_on_step)
 
 
-# Weights that have a gradient when a step begins: it may be gone when the step is over.
-_had_gradients: MutableMapping[Optimizer, list[WeightRecord]] = weakref.WeakKeyDictionary()
+# When a step began: how many steps each weight had seen, and whether it had a gradient to step.
+_began: MutableMapping[Optimizer, dict[WeightRecord, tuple[int, bool]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     has_closure = any(map(callable, (*args[1:], *kwargs.values())))  # it makes other gradients
-    weights = (w for group in optimizer.param_groups for w in group["params"] if not has_closure)
-    known = (_records.get(weight) for weight in weights if weight.grad is not None)
-    _had_gradients[optimizer] = [record for record in known if record is not None]
+    weights = [w for group in optimizer.param_groups for w in group["params"]]
+    known = ((_records.get(weight), weight.grad is not None) for weight in weights)
+    _began[optimizer] = {
+        record: (record.steps, has_gradient and not has_closure)
+        for record, has_gradient in known
+        if record is not None
+    }
 
 
 def _on_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    had_gradients = _had_gradients.pop(optimizer, [])
+    began = _began.pop(optimizer, {})
     if getattr(optimizer, "_step_in_backward", False):  # it counts each weight itself
         return
     found_inf = getattr(optimizer, "found_inf", None)
     if found_inf is not None and found_inf.item():  # a fused step that GradScaler skips
         return
-    weights = [w for group in optimizer.param_groups for w in group["params"]]
+    stepped_within = {record for record, (steps, _) in began.items() if record.steps > steps}
+    weights = [
+        weight
+        for group in optimizer.param_groups
+        for weight in group["params"]
+        if _records.get(weight) not in stepped_within
+    ]
     use_gradients(optimizer, weights)
-    if had_gradients and all(weight.grad is None for weight in weights):  # cleared within the step
+    if weights and all(weight.grad is None for weight in weights):  # cleared within the step
+        had_gradients = [record for record, (_, had) in began.items() if had]
         _note_change()
-        for record in had_gradients:
+        for record in set(had_gradients) - stepped_within:
+            _warn_of_dense_step(optimizer, [record] if record.is_factor else [])
             record.count()
 
 
 def use_gradients(optimizer: Optimizer, weights: Iterable[Tensor]) -> None:
     """An optimizer has made a step with the gradients of these weights."""
     _note_change()
-    knows_factors = hasattr(optimizer, "_step_in_backward")
     unsketched: set[Watch] = set()
-    made_dense: set[Watch] = set()
+    made_dense: list[WeightRecord] = []
     for weight in weights:
         if weight.grad is not None and (record := _records.get(weight)) is not None:
             before = record.steps
             sketched = record.use(weight.grad, optimizer)
-            if record.watch is None:
-                continue
-            if not sketched:
+            if not sketched and record.watch is not None:
                 unsketched.add(record.watch)
-            elif knows_factors or record.steps == before:  # one within it has stepped already
-                continue
-            elif isinstance(weight.grad, SketchedGrad):
-                made_dense.add(record.watch)
+            elif record.steps > before and isinstance(weight.grad, SketchedGrad):
+                made_dense.append(record)
     for watch in unsketched:
         watch.stepped_unsketched()
-    for watch in made_dense:
-        watch.stepped_densely(type(optimizer).__name__)
+    _warn_of_dense_step(optimizer, made_dense)
+
+
+def _warn_of_dense_step(optimizer: Optimizer, records: Iterable[WeightRecord]) -> None:
+    if not hasattr(optimizer, "_step_in_backward"):  # it does not know factors
+        for watch in {record.watch for record in records} - {None}:
+            watch.stepped_densely(type(optimizer).__name__)
 
 
 def count_step(weights: Iterable[Tensor]) -> None:

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import compact_fx
 from compact_fx import CompactAdamW, SketchedGrad, compact_backend, compact_optimizer
+from compact_fx.training.weights import steps_of
 
 RANK = 4
 WITHOUT = "without sketches"
@@ -391,6 +392,40 @@ def test_a_compact_optimizer_within_another():
         bases.append(model.first.weight.grad.basis)
         optimizer.step()
     assert [a == b for a, b in itertools.pairwise(bases)] == [True, False, True, False, True]
+
+
+class Clearing(Lookahead):
+    """An optimizer that clears the gradients which the one inside of it has stepped."""
+
+    set_to_none = True
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.inner.zero_grad(set_to_none=self.set_to_none)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("make", [CompactAdamW, torch.optim.AdamW])
+@pytest.mark.filterwarnings("ignore:AdamW makes sketched gradients dense")
+def test_gradients_that_are_cleared_within_a_step_count_once(make, set_to_none):
+    model = Mlp()
+    compiled = torch.compile(model, backend=sketching())
+    optimizer = Clearing(make(model.parameters(), lr=1e-3))
+    optimizer.set_to_none = set_to_none
+    for number in range(3):
+        loss_of(compiled(batch(number))).backward()
+        optimizer.step()
+    assert steps_of(model.first.weight) == 3
+
+
+def test_a_dense_step_that_clears_its_gradients_is_told():
+    model = Mlp()
+    compiled = torch.compile(model, backend=sketching())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
+    loss_of(compiled(batch(0))).backward()
+    with pytest.warns(UserWarning, match="AdamW makes sketched gradients dense"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("fused", [False, True])

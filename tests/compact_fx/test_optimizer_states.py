@@ -201,18 +201,20 @@ def test_a_state_of_before_the_first_step_starts_again(make):
     assert train(model, optimizer, 3, update_interval=2) == first
 
 
-def test_another_seed_is_refused():
+@pytest.mark.parametrize("projection", ["countsketch", "tracked"])
+def test_another_seed_is_refused(projection):
     """The moments are in projections of the first seed; nothing has been changed then."""
+    settings = {"projection": projection, "update_interval": 2, "place": "late"}
     model = mlp()
     optimizer = adamw(model.parameters())
-    train(model, optimizer, 3, seed=1)
+    train(model, optimizer, 3, seed=1, **settings)
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     resumed = mlp()
     resumed.load_state_dict(saved[0])
     optimizer = adamw(resumed.parameters())
     optimizer.load_state_dict(saved[1])
     with pytest.raises(ValueError, match="seed"):
-        train(resumed, optimizer, 1, first=3, seed=2)
+        train(resumed, optimizer, 1, first=3, seed=2, **settings)
     assert equal(resumed.state_dict(), saved[0])
     assert equal(optimizer.state_dict(), saved[1])
 
