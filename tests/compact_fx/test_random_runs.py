@@ -1367,7 +1367,8 @@ def basis_of(gradient):
 
 def followed_by(weight, shape):
     """The package's tracked projection of the weight."""
-    return known_record(weight).group.root().followed[shape]
+    followed = known_record(weight).group.root().followed
+    return next(own for (*its_shape, _), own in followed.items() if tuple(its_shape) == shape)
 
 
 def canonical(basis):
