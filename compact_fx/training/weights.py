@@ -204,24 +204,25 @@ def _watch_optimizers() -> None:
 
 
 # When a step began: how many steps each weight had seen, and whether it had a gradient to step.
-_began: MutableMapping[Optimizer, dict[WeightRecord, tuple[int, bool]]] = (
-    weakref.WeakKeyDictionary()
-)
+_Began = dict[WeightRecord, tuple[int, bool]]
+# A step may be within another of the same optimizer: a subclass calls that of its base.
+_began: MutableMapping[Optimizer, list[_Began]] = weakref.WeakKeyDictionary()
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     has_closure = any(map(callable, (*args[1:], *kwargs.values())))  # it makes other gradients
     weights = [w for group in optimizer.param_groups for w in group["params"]]
     known = ((_records.get(weight), weight.grad is not None) for weight in weights)
-    _began[optimizer] = {
+    began = {
         record: (record.steps, has_gradient and not has_closure)
         for record, has_gradient in known
         if record is not None
     }
+    _began.setdefault(optimizer, []).append(began)
 
 
 def _on_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    began = _began.pop(optimizer, {})
+    began = _began[optimizer].pop() if _began.get(optimizer) else {}
     if getattr(optimizer, "_step_in_backward", False):  # it counts each weight itself
         return
     found_inf = getattr(optimizer, "found_inf", None)

@@ -418,6 +418,24 @@ def test_gradients_that_are_cleared_within_a_step_count_once(make, set_to_none):
     assert steps_of(model.first.weight) == 3
 
 
+def test_a_step_that_calls_that_of_its_class_counts_once():
+    """torch calls the hooks of both where an optimizer of the class was there before."""
+
+    class Own(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    model = Mlp()
+    torch.optim.SGD(model.parameters(), lr=1e-3)
+    compiled = torch.compile(model, backend=sketching(gradients="dense"))
+    optimizer = Own(model.parameters(), lr=1e-3)
+    for number in range(3):
+        optimizer.zero_grad()
+        loss_of(compiled(batch(number))).backward()
+        optimizer.step()
+    assert steps_of(model.first.weight) == 3
+
+
 def test_a_dense_step_that_clears_its_gradients_is_told():
     model = Mlp()
     compiled = torch.compile(model, backend=sketching())
