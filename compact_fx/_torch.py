@@ -264,7 +264,6 @@ def min_cut(
     *,
     recompute_matmul_inputs: bool,
     in_forward: Sequence[fx.Node] = (),
-    budget: float = 1.0,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """torch's min-cut partition; takes over the joint graph.
 
@@ -273,15 +272,11 @@ def min_cut(
             writes them to memory once more.
         in_forward: nodes that only the backward reads and that the forward has to compute. They
             are outputs of the forward for as long as the cut is made.
-        budget: `activation_memory_budget`, where it is below the one that is set.
     """
     end = num_fwd_outputs + len(in_forward)
     _splice_outputs(module.graph, num_fwd_outputs, num_fwd_outputs, in_forward)
     banned = functorch_config.ban_recompute_materialized_backward and not recompute_matmul_inputs
-    budget = min(budget, functorch_config.activation_memory_budget)
-    with functorch_config.patch(
-        ban_recompute_materialized_backward=banned, activation_memory_budget=budget
-    ):
+    with functorch_config.patch(ban_recompute_materialized_backward=banned):
         forward, backward = min_cut_rematerialization_partition(
             module,
             None,

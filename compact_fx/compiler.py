@@ -126,7 +126,7 @@ class GraphCompiler:
         self, plan: Plan | None, watch: Watch, observe: Observer | None = None
     ) -> tuple[Plan | None, Callable[..., Any]]:
         """The second phase: the graph, compiled as planned, and the plan that it follows."""
-        while plan is not None and (plan.sketched or plan.treats):
+        while plan is not None and (plan.sketched or plan.saved):
             try:
                 return plan, self._compile_plan(plan, watch)
             except SiteFailed as error:

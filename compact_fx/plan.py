@@ -172,7 +172,6 @@ class Plan:
         recompute: whether matmul inputs may be rebuilt in the backward pass.
         track_every: tracked projections see every so many tokens.
         saved: what large values cross in; None for their own dtype.
-        rebuilt: torch's `activation_memory_budget`; below 1 the backward runs matmuls again, too.
         account: what it costs; not compared, and not in the keys of caches.
     """
 
@@ -182,18 +181,12 @@ class Plan:
     recompute: bool = False
     track_every: int = 1
     saved: LowBit | None = None
-    rebuilt: float = 1.0
     account: Account = field(default_factory=Account, compare=False, repr=False)
 
     @property
     def sketched(self) -> tuple[Site, ...]:
         """The sites that are sketched."""
         return tuple(site for site in self.sites if site.sketch is not None)
-
-    @property
-    def treats(self) -> bool:
-        """Whether anything but sketches is done to what crosses."""
-        return self.saved is not None or self.rebuilt < 1
 
     @property
     def projection_inputs(self) -> tuple[ProjectionInput, ...]:
@@ -224,6 +217,6 @@ class Plan:
             for s in self.sketched
         ]
         projections = [(p.features, p.rank, p.kind, str(p.dtype)) for p in self.projections]
-        others = (self.inputs, self.recompute, self.track_every, self.saved, self.rebuilt)
+        others = (self.inputs, self.recompute, self.track_every, self.saved)
         decisions = repr((sites, projections, *others))
         return hashlib.sha256(decisions.encode()).hexdigest()

@@ -50,9 +50,7 @@ def cut(rewritten: Rewritten, plan: Plan) -> Partition:
         for node in rewritten.sketches[site.sketch]
     }
     with observed("partition", rewritten.joint.module):
-        halves = partition(
-            rewritten.joint, recompute=plan.recompute, early=tuple(early), budget=plan.rebuilt
-        )
+        halves = partition(rewritten.joint, recompute=plan.recompute, early=tuple(early))
     if plan.saved is None:
         return halves
     with observed("store_low_bit", halves.forward):

@@ -102,9 +102,7 @@ class Partition:
         return sum(saved.bytes for saved in self.saved)
 
 
-def partition(
-    joint: JointGraph, *, recompute: bool, early: Sequence[fx.Node] = (), budget: float = 1.0
-) -> Partition:
+def partition(joint: JointGraph, *, recompute: bool, early: Sequence[fx.Node] = ()) -> Partition:
     """Split a joint graph with torch's min-cut.
 
     ::
@@ -116,7 +114,6 @@ def partition(
         joint: taken over.
         recompute: matmul inputs may be rebuilt in the backward pass.
         early: nodes that the forward has to compute.
-        budget: below 1, torch's knapsack chooses what the backward runs again: at 0 all it can.
 
     Raises:
         CannotCompact: a projection would be saved instead of drawn again.
@@ -131,7 +128,6 @@ def partition(
         joint.lasting_inputs(),
         recompute_matmul_inputs=recompute,
         in_forward=early,
-        budget=budget,
     )
     # Views of parameters cross as well; their storages are there anyway.
     lasting = frozenset(storage_of(node) for node in joint.static_placeholders())

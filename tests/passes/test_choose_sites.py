@@ -270,7 +270,8 @@ def test_nothing_is_sketched_where_that_keeps_more(joint_of, monkeypatch):
         if not joint.added:
             return cut
         more = replace(next(iter(cut.saved)), name="more", bytes=10**6)
-        return replace(cut, saved_by_storage={**cut.saved_by_storage, -1: more})
+        cut.saved_by_storage[-1] = more
+        return cut
 
     monkeypatch.setattr("compact_fx.passes.apply_plan.partition", costly)
     plan = choose_sites(joint_of(mlp(), batch()), config_of())
