@@ -73,13 +73,12 @@ class Run:
 
     lr: float
     rank: float | int | None = None
-    scale: float = 1.0
 
 
 RUNS = {
     "full": Run(lr=2e-4),
-    "compact r=8": Run(lr=2e-4, rank=8, scale=2.0),
-    "compact n/4": Run(lr=2e-4, rank=0.25, scale=1.0),
+    "compact r=8": Run(lr=2e-4, rank=8),
+    "compact n/4": Run(lr=2e-4, rank=0.25),
 }
 
 
@@ -213,12 +212,11 @@ def make_training(model: Classifier, run: Run, args: argparse.Namespace) -> tupl
         return torch.compile(model, backend="inductor"), torch.optim.AdamW(model.parameters(), lr)
     backend = compact_backend(
         rank=run.rank,
-        gradients="sketched",
         update_interval=args.update_interval,
         seed=args.seed,
         exclude=("head.*",),  # small, new, and all that tells the classes apart
     )
-    optimizer = CompactAdamW(model.parameters(), lr, scale=run.scale)
+    optimizer = CompactAdamW(model.parameters(), lr)
     return torch.compile(model, backend=backend), optimizer
 
 
@@ -272,9 +270,10 @@ def gradient_bytes(model: nn.Module) -> int:
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of all tensors in the optimizer's state."""
+    """Bytes of all tensors in the optimizer's state; a shared projection counts once."""
     entries = (entry for state in optimizer.state.values() for entry in state.values())
-    return sum(entry.nbytes for entry in entries if isinstance(entry, Tensor))
+    held = {e.data_ptr(): e.nbytes for e in entries if isinstance(e, Tensor)}
+    return sum(held.values())
 
 
 def train(
@@ -371,7 +370,7 @@ def make_parser() -> Parser:
     add("--batch", type=at_least(1), default=16, help="texts in a batch")
     add("--seq", type=at_least(2), default=128, help="tokens of a text, by cutting and padding")
     add("--lr", type=positive, help="peak learning rate of every run (default: each has its own)")
-    add("--update-interval", type=at_least(1), default=500, help="steps of one projection")
+    add("--update-interval", type=at_least(1), help="steps after which projections change (40)")
     add("--seed", type=at_least(0), default=0, help="of head, subsets, batches and projections")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="such as cuda:1")
     add("--dtype", choices=DTYPES, help="bf16 is autocast (default: bf16 on CUDA, else float32)")

@@ -98,6 +98,7 @@ def test_runs_are_gone_on_with(run, capsys):
     assert "| AdamW | 0.001 | 0.001   | 2       |" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_adapters_get_the_memory_of_projections(run, capsys):
     """As near as a whole rank can be; only adapters and the head are trained."""
     settings = {"steps": 2, "rank": 8, "update_interval": 10}
@@ -113,6 +114,7 @@ def test_adapters_get_the_memory_of_projections(run, capsys):
     assert "| tracked rank 8, update_interval 10 " in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_language_model_is_pretrained_once(run, tmp_path, capsys):
     """Every run begins with one checkpoint."""
     lm = {"task": "lm", "model": "tiny", "pretrain": 2, "steps": 2}

@@ -263,7 +263,16 @@ def assert_every_linear_is_sketched(model, plan):
             assert any(reason in site.reason for reason in LEFT_ALONE), site
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+IN_EVERY_RUN = {"llama", "gemma2", "gpt2", "mixtral", "gpt_oss", "bert", "t5", "swin", "mamba"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in IN_EVERY_RUN else pytest.mark.long)
+        for name in ARCHITECTURES
+    ],
+)
 def test_dense_gradients_are_exact(name):
     """At full rank three steps are those of eager; all linear layers are sketched."""
     model, batch = build(name)
@@ -318,7 +327,14 @@ def test_sketched_gradients_are_g_p_pt(name):
     assert_equal(compact, exact)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma2", "mixtral", "t5", "swin", "mamba"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen3",
+        "mixtral",
+        *(pytest.param(n, marks=pytest.mark.long) for n in ("gemma2", "t5", "swin", "mamba")),
+    ],
+)
 def test_gradients_are_near_with_eight_bits(name, monkeypatch):
     """Also where a mask with infinities crosses (qwen3); the loss stays exact."""
     monkeypatch.setattr(store_low_bit, "SMALLEST", 2**10)

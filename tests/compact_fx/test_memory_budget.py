@@ -16,7 +16,7 @@ from compact_fx.passes.partition import partition
 @pytest.fixture
 def joint(make_llama, tokens):
     """The joint graph of a LLaMA with tensors that are large enough to be packed."""
-    model, found = make_llama(layers=2, hidden_size=128, intermediate_size=352), []
+    model, found = make_llama(layers=1, hidden_size=128, intermediate_size=352), []
 
     def backend(graph_module, inputs):
         compiler = GraphCompiler(CompactConfig(inner="aot_eager"), {}, graph_module, inputs)
@@ -33,20 +33,14 @@ def peak_of(joint, plan):
 
 def test_a_smaller_budget_never_gives_a_larger_peak(joint):
     whole = graph_memory(partition(joint.copy(), recompute=False), joint).peak
-    shares, peaks = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75), []
+    shares, peaks = (1.0, 0.85), []
     for share in shares:
         plan = choose_sites(joint, CompactConfig(memory_budget=share))
+        assert share < 1 or (plan.recompute, plan.saved) == (False, None)  # the cheapest
         peaks.append(peak_of(joint, plan))
         assert peaks[-1] <= share * whole
     assert peaks == sorted(peaks, reverse=True)
     assert len(set(peaks)) > 1
-
-
-def test_the_cheapest_is_taken(joint):
-    plan = choose_sites(joint, CompactConfig(memory_budget=1.0))
-    assert (plan.recompute, plan.saved) == (False, None)
-    plan = choose_sites(joint, CompactConfig(memory_budget=peak_of(joint, plan) - 1))
-    assert plan.recompute
 
 
 def test_what_cannot_be_reached_says_what_can(joint):
@@ -70,13 +64,13 @@ def test_every_treatment_computes_the_gradients(
 ):
     """Exactly, or nearly where something crosses in 8 bits; also where nothing is sketched."""
     monkeypatch.setattr(module, "LADDER", (treatment,))
-    loss, expected = gradients_of(make_llama(hidden_size=128, intermediate_size=352), tokens)
+    size = {"layers": 1, "hidden_size": 128, "intermediate_size": 352}
+    loss, expected = gradients_of(make_llama(**size), tokens)
     for settings in ({"rank": 1.0, "projection": "orthogonal"}, {"exclude": ("*",)}):
         backend = compact_backend(
             **settings, gradients="dense", memory_budget=10**9, inner="aot_eager", strict=True
         )
-        model = make_llama(hidden_size=128, intermediate_size=352)
-        found, actual = gradients_of(model, tokens, backend)
+        found, actual = gradients_of(make_llama(**size), tokens, backend)
         assert found == pytest.approx(loss, rel=1e-5)
         near = 0.05 if treatment.saved else 1e-4
         for name, gradient in expected.items():
