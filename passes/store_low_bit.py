@@ -96,7 +96,7 @@ def quantize(x: Tensor, dtype: torch.dtype, group: int) -> tuple[Tensor, Tensor]
 
     What is not finite makes its group NaN.
     """
-    groups = x.unflatten(-1, (-1, group)).float()
+    groups = torch.unflatten(x, -1, (-1, group)).float()
     scale = groups.abs().amax(-1, keepdim=True) / _LARGEST[dtype]
     scaled = groups / scale.clamp_min(_TINY)
     return (scaled.round() if dtype is torch.int8 else scaled).to(dtype), scale
@@ -110,7 +110,7 @@ def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def to_bits(mask: Tensor) -> Tensor:
     """Eight booleans of the last dimension in a byte (..., n / 8), uint8."""
     places = torch.arange(8, device=mask.device, dtype=torch.int32)
-    bits = mask.unflatten(-1, (-1, 8)).to(torch.int32) << places
+    bits: Tensor = torch.unflatten(mask, -1, (-1, 8)).to(torch.int32) << places
     return bits.sum(-1, dtype=torch.int32).to(torch.uint8)
 
 
@@ -258,7 +258,8 @@ def _is_of_sigmoid(node: fx.Node) -> bool:
     """Whether a node is exp(x) or 1 + exp(x), of which only 1 / (1 + exp(x)) is made."""
     if operator_base(node) == "add":
         exponential, one = node.args[:2]
-        return one == 1 and isinstance(exponential, fx.Node) and _is_of_sigmoid(exponential)
+        is_sum = isinstance(exponential, fx.Node) and _is_of_sigmoid(exponential)
+        return is_sum and bool(one == 1)
     if operator_base(node) != "exp":
         return False
     return all(operator_base(user) == "add" and user.args[1] == 1 for user in node.users)
@@ -273,7 +274,7 @@ def _is_bell(node: fx.Node) -> bool:
     if not isinstance(factor, int | float) or factor > 0 or not isinstance(square, fx.Node):
         return False
     if operator_base(square) == "pow":
-        return square.args[1] == 2
+        return bool(square.args[1] == 2)
     return operator_base(square) == "mul" and square.args[0] is square.args[1]
 
 

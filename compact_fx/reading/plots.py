@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from compact_fx.passes.live_bytes import Moment
 from compact_fx.plan import SAVED_KINDS, Plan, bytes_of_kind
-from compact_fx.reading.memory import Breakdown, Moment
+from compact_fx.reading.memory import Breakdown
 
 COLORS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")
 

@@ -263,9 +263,10 @@ def use_gradients(optimizer: Optimizer, weights: Iterable[Tensor]) -> None:
 
 
 def _warn_of_dense_step(optimizer: Optimizer, records: Iterable[WeightRecord]) -> None:
-    if not hasattr(optimizer, "_step_in_backward"):  # it does not know factors
-        for watch in {record.watch for record in records} - {None}:
-            watch.stepped_densely(type(optimizer).__name__)
+    if hasattr(optimizer, "_step_in_backward"):  # it knows factors
+        return
+    for watch in {record.watch for record in records if record.watch is not None}:
+        watch.stepped_densely(type(optimizer).__name__)
 
 
 def count_step(weights: Iterable[Tensor]) -> None:
