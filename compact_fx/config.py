@@ -24,7 +24,7 @@ class CompactConfig:
             and weights that match none are left alone.
         gradients: "sketched" gives every weight a `SketchedGrad` that holds the
             (out_features, rank) factor: for `CompactAdamW` or `compact_optimizer`. "dense" gives
-            it a `.grad` of its own shape, for any optimizer; costs some 10 % of the loss.
+            it a `.grad` of its own shape, for any optimizer; costs 5 to 10 % of the loss.
         projection: "tracked" follows the gradient; None is this for sketched gradients and
             "countsketch" for dense ones. The others are random: "countsketch" (its products are
             gathers, not matmuls), "gaussian" (the paper's), "rademacher", "sparse" or
