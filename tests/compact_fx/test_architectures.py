@@ -264,15 +264,16 @@ def assert_every_linear_is_sketched(model, plan):
 
 
 IN_EVERY_RUN = {"llama", "gemma2", "gpt2", "mixtral", "gpt_oss", "bert", "t5", "swin", "mamba"}
-
-
-@pytest.mark.parametrize(
+EVERY_ARCHITECTURE = pytest.mark.parametrize(
     "name",
     [
         pytest.param(name, marks=() if name in IN_EVERY_RUN else pytest.mark.long)
         for name in ARCHITECTURES
     ],
 )
+
+
+@EVERY_ARCHITECTURE
 def test_dense_gradients_are_exact(name):
     """At full rank three steps are those of eager; all linear layers are sketched."""
     model, batch = build(name)
@@ -291,7 +292,7 @@ def test_dense_gradients_are_exact(name):
         assert share >= 0.95 * sum(cost.flops_before for cost in plan.account.sites)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@EVERY_ARCHITECTURE
 def test_sketched_gradients_are_g_p_pt(name):
     """Never more bytes; a factor of G P Pᵀ where the whole gradient is sketched, else exact."""
     model, batch = build(name)
