@@ -9,6 +9,7 @@ from torch import fx
 
 from compact_fx import _torch
 from compact_fx.errors import CannotCompact
+from compact_fx.passes.nodes import gradient_nodes
 from compact_fx.passes.split_grouped_backward import split_grouped_backward
 from compact_fx.plan import FactorInput, Plan, ProjectionInput, Side
 
@@ -102,12 +103,7 @@ class JointGraph:
 
     def backward_nodes(self) -> set[fx.Node]:
         """Nodes that depend on a gradient that flows in."""
-        found: set[fx.Node] = set()
-        for node in self.module.graph.nodes:
-            is_tangent = node.op == "placeholder" and "tangents" in str(node.target)
-            if is_tangent or any(source in found for source in node.all_input_nodes):
-                found.add(node)
-        return found
+        return gradient_nodes(self.module.graph)
 
     def activation_nodes(self) -> set[fx.Node]:
         """Nodes that depend on an input that is no parameter and no buffer."""

@@ -146,6 +146,16 @@ def is_relabelling(node: fx.Node) -> bool:
     return node.op == "call_function" and operator_base(node) in _RELABELLING_NAMES
 
 
+def gradient_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes of a joint or backward graph that depend on a gradient that flows in."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        is_tangent = node.op == "placeholder" and "tangents" in str(node.target)
+        if is_tangent or any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
 def is_view(node: fx.Node) -> bool:
     """Whether a node reads its input's memory in another shape or order, with fixed sizes."""
     if node.target not in PERMUTING | RESHAPING | {aten.alias.default}:

@@ -14,6 +14,7 @@ from compact_fx.passes.nodes import (
     PRODUCT_NAMES,
     bytes_of,
     finish,
+    gradient_nodes,
     inline,
     insert,
     is_relabelling,
@@ -36,7 +37,7 @@ _LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 # Operators whose result is a little off where their input is.
 _SMOOTH = {"mul", "add", "sub", "neg", "sigmoid", "tanh", "erf", "where", "rsub"}
-_MOVING = {"slice", "select", "cat", "split", "split_with_sizes", "getitem", "_unsafe_index"}
+_MOVING = {"slice", "select", "cat", "split", "split_with_sizes", "_unsafe_index"}
 _SUMMING = {"sum", "mean"} | PRODUCT_NAMES - {"convolution_backward"}
 _OF_ATTENTION = {"query", "key", "value", "out", "output"}
 _REDUCING = {"sum", "mean", "amax", "amin", "max", "min", "var_mean", "var", "logsumexp", "prod"}
@@ -67,7 +68,7 @@ def store_low_bit(halves: Partition, kind: LowBit) -> Partition:
     alive = {storage_of(node) for node in (*halves.results, *inputs) if is_tensor(node)}
     crossing = list(halves.crossing())
     shared = Counter(storage_of(kept) for _, kept, _ in crossing)
-    gradients = _gradients_of(halves.backward)
+    gradients = gradient_nodes(halves.backward.graph)
     packed: dict[int, tuple[int, Saved]] = {}
     for at, kept, received in reversed(crossing):  # those before it keep their positions
         storage = storage_of(kept)
@@ -160,12 +161,11 @@ def _pack(
 ) -> list[fx.Node]:
     """Put packed parts in place of output `at` of the forward and of what the backward receives."""
     forward, backward = halves.forward.graph, halves.backward.graph
-    order = {node: number for number, node in enumerate(backward.nodes)}
     with forward.inserting_before(kept.next):
         parts = inline(forward, pack, kept)
     _torch.replace_saved(forward, at, parts)
     arriving = _torch.replace_received(received, parts)
-    with backward.inserting_before(min(received.users, key=order.__getitem__)):
+    with backward.inserting_before(min(received.users)):
         (restored,) = inline(backward, unpack, *arriving)
     received.replace_all_uses_with(restored)
     backward.erase_node(received)
@@ -183,14 +183,13 @@ def _cross_once(halves: Partition) -> None:
         groups.setdefault(whole, []).append((at, received, views[::-1]))
     dropped = []
     graph = halves.backward.graph
-    order = {node: number for number, node in enumerate(graph.nodes)}
     for members in groups.values():
         base = next((received for _, received, views in members if not views), None)
         for at, received, views in members:
             if base is None or received is base or not received.users:
                 continue
             view = base
-            with graph.inserting_before(min(received.users, key=order.__getitem__)):
+            with graph.inserting_before(min(received.users)):
                 for node in views:
                     args = (view, *node.args[1:])
                     view = insert(graph, node.target, args, like=node, name=node.name)  # type: ignore[arg-type]
@@ -202,16 +201,6 @@ def _cross_once(halves: Partition) -> None:
 
 
 # --- what stands a rounding ----------------------------------------------------------------------
-
-
-def _gradients_of(module: fx.GraphModule) -> set[fx.Node]:
-    """Nodes of a backward graph that depend on a gradient that flows in; they are linear in it."""
-    found: set[fx.Node] = set()
-    for node in module.graph.nodes:
-        is_tangent = node.op == "placeholder" and "tangents" in str(node.target)
-        if is_tangent or any(source in found for source in node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def _stands_rounding(node: fx.Node, gradients: Set[fx.Node], is_derived: bool = False) -> bool:
