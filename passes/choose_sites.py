@@ -157,8 +157,11 @@ def _untouched(
     joint: JointGraph, plan: Plan, uses: Uses, before: Partition
 ) -> tuple[Plan, Partition]:
     """Nothing is sketched; what crosses is treated all the same, if anything is asked for."""
-    plan = replace(plan, projections=(), inputs=(), track_every=1)
-    cut = before if plan.saved is None else _try(joint, plan).cut
+    if plan.saved is None:  # it is compiled as torch would
+        cut, plan = before, Plan(sites=plan.sites)
+    else:
+        plan = Plan(sites=plan.sites, recompute=plan.recompute, saved=plan.saved)
+        cut = _try(joint, plan).cut
     costs = (SiteCost(flops_before=flops, flops_after=flops) for flops, _ in flops_of(plan, uses))
     account = Account(saved_before=before.saved, saved_after=cut.saved, sites=tuple(costs))
     return replace(plan, account=account), cut

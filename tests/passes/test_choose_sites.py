@@ -450,3 +450,10 @@ def test_parameters_do_not_count_as_kept(joint_of, attention_of):
     assert all(
         saved.bytes != weight for saved in plan.account.saved_before + plan.account.saved_after
     )
+
+
+def test_where_nothing_is_sketched_the_plan_is_torchs_own(joint_of):
+    """What `explain` then shows is the graph as it is compiled: nothing is rebuilt."""
+    plan = choose_sites(joint_of(mlp(), batch()), config_of(exclude=("*",)))
+    assert not plan.sketched
+    assert not plan.recompute
