@@ -38,6 +38,9 @@ class CompactConfig:
         include: glob patterns of the qualified parameter names that may be sketched.
         exclude: glob patterns of those that may not; wins over `include`.
         min_features: weights with fewer in_features are left alone.
+        sketch_heads: sketch heads over a vocabulary as well: weights of the shape of an embedding
+            in the same graph, with more words than features. It saves their gradients and moments,
+            and costs 4 % of the loss (60M parameters, 16,384 words).
         recompute: let the partitioner rebuild matmul inputs in the backward pass from what other
             operators keep anyway; exact, and costs about half a percent of a step.
         saved: "int8" or "fp8" stores large values that cross in 8 bits, with a scale for each 128
@@ -64,6 +67,7 @@ class CompactConfig:
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     min_features: int = 32
+    sketch_heads: bool = False
     recompute: bool = True
     saved: Storage = "keep"
     memory_budget: float | int | None = None
@@ -100,7 +104,7 @@ class CompactConfig:
         _check_int("min_features", self.min_features, 1)
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
-        for name in ("recompute", "keep_graphs", "strict"):
+        for name in ("sketch_heads", "recompute", "keep_graphs", "strict"):
             _check_type(name, getattr(self, name), bool)
         if self.mode is not None:
             _check_type("mode", self.mode, str)

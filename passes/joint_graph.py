@@ -114,6 +114,13 @@ class JointGraph:
                 found.add(node)
         return found
 
+    def vocabulary(self) -> tuple[int, int] | None:
+        """The shape of the largest table that rows are looked up in: words, features of each."""
+        lookups = self.module.graph.find_nodes(op="call_function", target=aten.embedding.default)
+        shapes = (lookup.args[0].meta["val"].shape for lookup in lookups)
+        tables = [(words, n) for words, n in shapes if isinstance(words, int)]
+        return max(tables, default=None)
+
     def static_placeholders(self) -> set[fx.Node]:
         """Placeholders that outlive the step: parameters, buffers and what this project adds."""
         placeholders = self.module.graph.find_nodes(op="placeholder")

@@ -47,13 +47,17 @@ def list_sites(
 
     Contract: a tracked weight with less out_features than in_features is sketched on its output
     side; all others on their input side. A weight that has a projection from another graph keeps
-    it, and its side, and shares a sketch only with weights that have the same.
+    it, and its side, and shares a sketch only with weights that have the same. A head is a weight
+    of the same shape as the table of words in the same graph, with more words than features.
     """
     grads = find_weight_grads(joint, skip=failed)
     uses = {(grad.index, i): use for grad in grads for i, use in enumerate(grad.uses)}
     known = {index for index, side in joint.sides.items() if side == "input"}
+    head = None if config.sketch_heads else joint.vocabulary()
     sites = [
-        s for grad in grads for s in _sites_of(grad, config, grad.index in known | set(input_side))
+        site
+        for grad in grads
+        for site in _sites_of(grad, config, grad.index in known | set(input_side), head)
     ]
     uses |= {(s.index, s.use): uses[s.index, s.use].on(s.side) for s in sites if s.rank}
     salts, connected = _salts(sites, uses, joint.salts)
@@ -105,19 +109,26 @@ def list_sites(
     return plan, uses
 
 
-def _sites_of(grad: WeightGrad, config: CompactConfig, on_input: bool) -> Iterable[Site]:
+def _sites_of(
+    grad: WeightGrad, config: CompactConfig, on_input: bool, head: tuple[int, int] | None
+) -> Iterable[Site]:
     bare = Site(weight=grad.name, index=grad.index)
     if not grad.uses:
         yield replace(bare, reason=grad.reason)
     for i, use in enumerate(grad.uses):
         with failures_of("list_sites", grad.name):
-            yield _site(replace(bare, use=i), use, config, on_input)
+            yield _site(replace(bare, use=i), use, config, on_input, head)
     if grad.uses and grad.reason:
         yield replace(bare, use=len(grad.uses), reason=f"another part: {grad.reason}")
 
 
-def _site(bare: Site, use: Use, config: CompactConfig, on_input: bool) -> Site:
-    """The site with its rank, or with the reason why it is left alone."""
+def _site(
+    bare: Site, use: Use, config: CompactConfig, on_input: bool, head: tuple[int, int] | None
+) -> Site:
+    """The site with its rank, or with the reason why it is left alone.
+
+    head: out_features and in_features of a head over the vocabulary.
+    """
     n, m = use.in_features, use.out_features
     if not (isinstance(n, int) and isinstance(m, int) and isinstance(use.experts, int)):
         return replace(bare, reason="its shape is symbolic")
@@ -131,6 +142,8 @@ def _site(bare: Site, use: Use, config: CompactConfig, on_input: bool) -> Site:
         return replace(bare, reason="no pattern of rank matches")
     if n < config.min_features:
         return replace(bare, reason=f"in_features {n} < min_features {config.min_features}")
+    if (m, n) == head and m > n:
+        return replace(bare, reason=f"a head over {m} words: sketch_heads=False")
     if config.kind == "tracked" and use.matmul.target is GROUPED_PRODUCT:
         return replace(bare, reason="a grouped matmul of this dtype is not tracked")
     on_output = config.kind == "tracked" and config.min_features <= m < n and not on_input

@@ -33,7 +33,7 @@ SMALLEST = 2**13  # elements; less is not worth a kernel
 MANY = 32  # values that a statistic is at least made of
 _TINY = 1e-30  # in place of a largest value of 0
 _DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-_LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+_LARGEST = {torch.int8: 127.0**2, torch.float8_e4m3fn: 448.0}
 
 # Operators whose result is a little off where their input is.
 _SMOOTH = {"mul", "add", "sub", "neg", "sigmoid", "tanh", "erf", "where", "rsub"}
@@ -50,11 +50,12 @@ def store_low_bit(halves: Partition, kind: LowBit) -> Partition:
 
         forward(...) -> loss, x               backward(x, dy) -> dx
 
-        forward(...) -> loss, q, s            q = round(x / s), s = max |x| / 127 of each group
-        backward(q, s, dy) -> dx              of x' = q s
+        forward(...) -> loss, q, s            q = ± round(√|x / s|), s = max |x| / 127² of each group
+        backward(q, s, dy) -> dx              of x' = q |q| s
 
     Inductor makes q in the kernel that makes x, and x' in those that read it. The loss is exact;
-    x' is off by up to 1/254 of the largest in its group (int8), or 1/16 of each value (fp8: e4m3).
+    x' is off by up to √|x m| / 127 beside a largest m (int8: levels lie closer where most values
+    are, so that one large value leaves its neighbours theirs), or 1/16 of each (fp8: e4m3).
 
     Left as they are: statistics, what the forward gets or returns, what is small, and what the
     backward reads by an operator that makes more of a rounding: an exponential, a comparison, a
@@ -100,12 +101,17 @@ def quantize(x: Tensor, dtype: torch.dtype, group: int) -> tuple[Tensor, Tensor]
     groups = torch.unflatten(x, -1, (-1, group)).float()
     scale = groups.abs().amax(-1, keepdim=True) / _LARGEST[dtype]
     scaled = groups / scale.clamp_min(_TINY)
-    return (scaled.round() if dtype is torch.int8 else scaled).to(dtype), scale
+    if dtype is torch.int8:
+        scaled = (scaled.sign() * scaled.abs().sqrt()).round()
+    return scaled.to(dtype), scale
 
 
 def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """What `quantize` was given, rounded."""
-    return (values.float() * scale).to(dtype).flatten(-2)
+    scaled = values.float()
+    if values.dtype is torch.int8:
+        scaled = scaled * scaled.abs()
+    return (scaled * scale).to(dtype).flatten(-2)
 
 
 def to_bits(mask: Tensor) -> Tensor:

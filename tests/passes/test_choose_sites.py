@@ -89,6 +89,46 @@ def test_what_the_settings_leave_alone_has_a_reason(joint_of, case, layer):
     assert plan.account.saved_before == plan.account.saved_after
 
 
+HEADS = {  # words, features, out_features of the last layer; whether this is a head
+    "a head": ((96, 64, 96), True),
+    "bytes": ((48, 64, 48), False),  # fewer words than features
+    "other words": ((96, 64, 97), False),
+}
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_a_head_over_a_vocabulary_is_left_in_full(joint_of, calls, case):
+    (words, features, outputs), is_head = HEADS[case]
+    model = calls(
+        lambda m, i: m.head(m.fc(m.table(i) + m.places.weight)),
+        table=nn.Embedding(words, features),
+        places=nn.Embedding(12, features),
+        fc=nn.Linear(features, features, bias=False),
+        head=nn.Linear(features, outputs, bias=False),
+    )
+    joint = joint_of(model, torch.randint(words, (4, 12)))
+    reasons = {site.weight: site.reason for site in choose_sites(joint, config_of()).sites}
+    assert reasons["fc.weight"] == ""
+    assert reasons["head.weight"] == (
+        f"a head over {words} words: sketch_heads=False" if is_head else ""
+    )
+    plan = choose_sites(joint, config_of(sketch_heads=True))
+    assert {site.weight for site in plan.sketched} == {"fc.weight", "head.weight"}
+
+
+def test_a_table_of_positions_makes_no_head(joint_of, calls):
+    """As many positions as the layer has outputs: the largest table is that of words."""
+    model = calls(
+        lambda m, i, p: m.fc(m.table(i) + m.places(p)),
+        table=nn.Embedding(200, 64),
+        places=nn.Embedding(96, 64),
+        fc=nn.Linear(64, 96, bias=False),
+    )
+    joint = joint_of(model, torch.randint(200, (4, 12)), torch.arange(12))
+    (fc,) = choose_sites(joint, config_of()).sketched
+    assert fc.weight == "fc.weight"
+
+
 def test_min_features_is_inclusive(joint_of):
     plan = choose_sites(joint_of(nn.Linear(64, 48), batch()), config_of(min_features=64))
     assert len(plan.sketched) == 1
