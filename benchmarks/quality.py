@@ -177,7 +177,7 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def train(settings: Run, text: list[Tensor], device: torch.device) -> Run:
+def train(settings: Run, text: list[Tensor], device: torch.device, *, is_timed: bool) -> Run:
     """Train one model; returns what was measured."""
     torch._dynamo.reset()
     gc.collect()
@@ -233,7 +233,7 @@ def train(settings: Run, text: list[Tensor], device: torch.device) -> Run:
         loss_at_end = row["validation"][-1][1]
         row["loss"] = loss_at_end if math.isfinite(loss_at_end) else None
         row["perplexity"] = row["loss"] and math.exp(row["loss"])
-    if step > chunk:
+    if step > chunk and is_timed:
         row["step_ms"] = 1e3 * seconds / (step - chunk)
         row["seconds"] = seconds / (step - chunk) * step
         row["tokens_per_s"] = tokens.numel() / seconds * (step - chunk)
@@ -276,7 +276,7 @@ def run_all(args: argparse.Namespace) -> None:
         data, text = text_of[vocabulary]
         start = time.monotonic()
         try:
-            result = train(settings, text, device)
+            result = train(settings, text, device, is_timed=not args.shared)
         except Exception as error:  # the other runs need not suffer; this one is tried again
             print(f"{json.dumps(settings)}: {type(error).__name__}: {error}", flush=True)
             continue
@@ -304,6 +304,7 @@ def main() -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--inner", choices=("inductor", "aot_eager"), help="aot_eager compiles faster")
     add("--cache", type=Path, default=Path("out/quality_cache"), help="folder for tokens")
+    add("--shared", action="store_true", help="others use the GPU as well: no times")
     add("--table", type=Path, help="print these results")
     add("--plot", type=Path, help="draw these results")
     add("--images", type=Path, default=Path("docs/images"), help="folder for figures")

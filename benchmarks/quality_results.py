@@ -55,6 +55,11 @@ def label(settings: Run) -> str:
     return " ".join(parts)
 
 
+def kind_of(settings: Run) -> str:
+    """What a curve is of: method, rank and projection."""
+    return key_of({name: settings.get(name) for name in ("method", "rank", "projection")})
+
+
 def groups_of(rows: list[Run]) -> dict[tuple[str, int, str], dict[str, list[Run]]]:
     """Rows of one model, length and text; in each, those that differ in nothing but the seed."""
     groups: dict[tuple[str, int, str], dict[str, list[Run]]] = defaultdict(
@@ -98,17 +103,26 @@ def table(rows: list[Run]) -> str:
 
 
 def plot(rows: list[Run], folder: Path) -> None:
-    """Validation loss against steps and seconds, each method at its best learning rate."""
+    """Validation loss against steps and seconds: each method, rank and projection at its best.
+
+    Times are those of any run of the kind that had its GPU to itself; others have none.
+    """
     from matplotlib.figure import Figure  # not there on every GPU machine
 
     folder.mkdir(parents=True, exist_ok=True)
+    timed = [row for row in rows if row.get("step_ms") is not None]
+    step_ms = {
+        (row["settings"]["model"], kind_of(row["settings"])): row["step_ms"] for row in timed
+    }
     for (model, steps, _), runs in groups_of(rows).items():
         best: dict[str, list[Run]] = {}
         for same in sorted(runs.values(), key=mean_of):
-            best.setdefault(label(same[0]["settings"]), same)
-        figure = Figure(figsize=(10, 5.5), layout="constrained")
+            best.setdefault(kind_of(same[0]["settings"]), same)
+        if len(best) < 2:
+            continue
+        figure = Figure(figsize=(10, 5 + 0.2 * len(best)), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
-        for number, (name, same) in enumerate(best.items()):
+        for number, (kind, same) in enumerate(best.items()):
             if math.isinf(mean_of(same)):
                 continue
             at = [step for step, _ in same[0]["validation"]]
@@ -116,17 +130,15 @@ def plot(rows: list[Run], folder: Path) -> None:
             losses = [statistics.fmean(loss for _, loss in points) for points in curves]
             style = {"color": f"C{number % 10}", "marker": "o", "markersize": 4}
             style["linestyle"] = ("-", "--", ":")[number // 10 % 3]
-            left.plot(at, losses, **style)
-            ms = mean_of(same, "step_ms")
-            right.plot(
-                [step * ms / 1e3 for step in at], losses, **style, label=f"{losses[-1]:.3f} {name}"
-            )
+            settings = same[0]["settings"]
+            name = f"{losses[-1]:.3f} {label(settings)}, lr {settings['lr']:g}"
+            left.plot(at, losses, **style, label=name)
+            if (ms := step_ms.get((model, kind))) is not None:
+                right.plot([step * ms / 1e3 for step in at], losses, **style)
         left.set(xlabel="optimizer steps", ylabel="validation loss, nats per token")
         right.set(xlabel="seconds of training")
         for axes in (left, right):
             axes.grid(alpha=0.3)
-        figure.legend(
-            loc="outside lower center", ncols=2, title="loss at the end", fontsize="small"
-        )
+        figure.legend(loc="outside lower center", title="loss at the end", fontsize="small")
         figure.suptitle(f"LLaMA {model}, {steps} steps")
         figure.savefig(folder / f"quality_{model}_{steps}.png", dpi=150)
