@@ -433,6 +433,10 @@ def compile_graph(
             patches = dict(options)
             if partitioner is not None:
                 patches["custom_partitioner_fn"] = partitioner
+                if any(isinstance(t, torch.Tensor) and t.is_cuda for t in example_inputs):
+                    # A buffer kept for the next layer's is there while this one's attention runs;
+                    # to ask CUDA's caching allocator again costs nothing.
+                    patches.setdefault("allow_buffer_reuse", False)
             return compile_fx(module, example_inputs, config_patches=patches)  # type: ignore[no-any-return,return-value]
 
         def run_as_is(graph_module: fx.GraphModule, _: Sequence[Any]) -> CompiledFunction:

@@ -92,7 +92,10 @@ def rewrite_weight_grads(joint: JointGraph, plan: Plan) -> dict[int, tuple[fx.No
                 source = sources[site.projection]
                 sketches[site.sketch] = _sketch(joint.module.graph, use, site, plan, source)
             expand = site.index not in stays_sketched
-            _replace(joint.module.graph, use, sketches[site.sketch], expand, plan.track_every)
+            projected, graph = use.projected, joint.module.graph
+            _replace(graph, use, sketches[site.sketch], expand, plan.track_every)
+            if site.side == "output" and plan.recompute:
+                _let_go_of_activation(graph, projected, sketches[site.sketch], use.position)
     _return_directions(joint, plan, _track(joint.module.graph, sketches.values()))
     _return_factors(joint)
     finish(joint.module)
@@ -193,6 +196,40 @@ def _replace(graph: fx.Graph, use: Use, sketch: _Sketch, expand: bool, step: int
             sketch.turns.append(_turn(graph, sketch.others[-1], factor, position, old, step))
     old.replace_all_uses_with(new)
     graph.erase_node(old)
+
+
+def _let_go_of_activation(graph: fx.Graph, dy: fx.Node, sketch: _Sketch, position: int) -> None:
+    """Make the gradient of x only when the factor is there, so that both need no memory at once.
+
+    ::
+
+        dx = aten.mm(dy, W)                           # x is made by the kernel that reads dx
+        dx = aten.addmm(factor[0], dy, W, beta=0)     # the same; x was made, read and let go before
+    """
+    factor = sketch.factors[-1]
+    if factor.meta["val"].dim() != 2:
+        return
+    order = {node: number for number, node in enumerate(graph.nodes)}
+    for product in list(dy.users):
+        value = product.meta["val"]
+        if (
+            product.target is not aten.mm.default
+            or product.args[0] is not dy
+            or product is sketch.node
+            or order[product] < order[factor]
+            or value.shape[-1] != factor.meta["val"].shape[position]
+            or value.dtype != factor.meta["val"].dtype
+        ):
+            continue
+        with graph.inserting_before(product):
+            (after,) = inline(
+                graph,
+                lambda f, *operands: torch.addmm(f.select(1 - position, 0), *operands, beta=0),
+                factor,
+                *product.args,  # type: ignore[arg-type]
+            )
+        product.replace_all_uses_with(after)
+        graph.erase_node(product)
 
 
 def _turn(

@@ -50,7 +50,7 @@ def store_low_bit(halves: Partition, kind: LowBit) -> Partition:
 
         forward(...) -> loss, x               backward(x, dy) -> dx
 
-        forward(...) -> loss, q, s            q = ± round(√|x / s|), s = max |x| / 127² of each group
+        forward(...) -> loss, q, s            q = ± round(√|x / s|), s = max |x| / 127² of a group
         backward(q, s, dy) -> dx              of x' = q |q| s
 
     Inductor makes q in the kernel that makes x, and x' in those that read it. The loss is exact;

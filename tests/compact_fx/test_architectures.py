@@ -12,7 +12,7 @@ from compact_fx.passes import store_low_bit
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a:UserWarning")
 
-EXACT = {"rank": 1.0, "gradients": "dense", "projection": "orthogonal"}
+EXACT = {"rank": 1.0, "gradients": "dense", "projection": "orthogonal", "sketch_heads": True}
 
 VOCABULARY = 128
 TEXT = {
@@ -299,7 +299,7 @@ def test_sketched_gradients_are_g_p_pt(name):
     losses, exact = train(model, batch, torch.optim.SGD(model.parameters(), lr=0.0), steps=1)
 
     model, batch = build(name)
-    settings = {"gradients": "sketched", "projection": "countsketch"}
+    settings = {"gradients": "sketched", "projection": "countsketch", "sketch_heads": True}
     backend = compact_backend(rank=0.25, inner="aot_eager", strict=True, **settings)
     optimizer = CompactAdamW(model.parameters(), lr=1e-3)
     compact_losses, compact = train(model, batch, optimizer, backend)
@@ -347,6 +347,7 @@ def test_gradients_are_near_with_eight_bits(name, monkeypatch):
         projection="orthogonal",
         gradients="dense",
         saved="int8",
+        sketch_heads=True,
         place="late",
         inner="aot_eager",
         strict=True,

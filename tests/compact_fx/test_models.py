@@ -6,7 +6,7 @@ import torch
 from compact_fx import compact_backend
 from compact_fx.projections import KINDS
 
-COUNTSKETCH = {"gradients": "dense", "projection": "countsketch"}
+COUNTSKETCH = {"gradients": "dense", "projection": "countsketch", "sketch_heads": True}
 BLOCK = (
     *(f"self_attn.{name}_proj" for name in "qkvo"),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
@@ -25,6 +25,7 @@ def test_full_rank_is_exact(
         rank=1.0,
         gradients="dense",
         projection=projection,
+        sketch_heads=True,
         recompute=recompute,
         place=place,
         inner="aot_eager",
@@ -55,6 +56,7 @@ def test_gradients_are_g_p_pt(
         seed=3,
         gradients="dense",
         projection=projection,
+        sketch_heads=True,
         recompute=recompute,
         inner="aot_eager",
         strict=True,

@@ -785,6 +785,7 @@ class Judge:
             "place": draw.choice(("auto", "auto", "early", "late")),
             "recompute": draw.choice((True, False)),
             "min_features": draw.choice((32, 32, 1)),
+            "sketch_heads": draw.choice((True, True, False)),
             "exclude": draw.choice(((), (), ("inner.*",))),
         }
         below = {
