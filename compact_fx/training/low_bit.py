@@ -18,11 +18,12 @@ ROUNDINGS = "roundings"  # how often a state was rounded: noise is drawn from it
 
 _SCALE = "_scale"
 _DROPPED = 20  # bits of float32's mantissa; 3 stay
+_ROWS = 256  # of noise
 _ONE = 127 << 3  # the bits of 1.0 without them
 _TINY = torch.finfo(torch.float32).tiny  # in place of a largest value of 0
 
 
-def quantize(moment: Tensor, key: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
+def quantize(moment: Tensor, noise: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     """A moment in 8 bits, rounded up or down at random so that the mean is right.
 
     A code has 3 bits of mantissa and, of what is linear in gradients, a sign and 4 bits of
@@ -32,7 +33,7 @@ def quantize(moment: Tensor, key: Tensor, *, signed: bool) -> tuple[Tensor, Tens
 
     Args:
         moment: of any shape and floating-point type.
-        key: 0-d int64, of the noise.
+        noise: int32 below 2²⁰ (rows, 256), for as many blocks, then again from its beginning.
 
     Returns:
         codes, uint8 (elements), and scales, float32 (blocks of 256).
@@ -41,10 +42,9 @@ def quantize(moment: Tensor, key: Tensor, *, signed: bool) -> tuple[Tensor, Tens
     values = F.pad(moment.flatten().float(), (0, -count % BLOCK)).view(-1, BLOCK)
     scale = values.abs().amax(1)
     relative = values.abs() / scale.clamp_min(_TINY)[:, None]
-    index = torch.arange(values.numel(), dtype=torch.int64, device=values.device)
-    noise = column_words(key, index).view_as(values) & ((1 << _DROPPED) - 1)
+    noise = noise.repeat(-(-len(values) // len(noise)), 1)[: len(values)]
     # Mantissas are linear between powers of 2, so that this is right in the mean across them too.
-    rounded = (relative.view(torch.int32) + noise.to(torch.int32)) >> _DROPPED
+    rounded = (relative.view(torch.int32) + noise) >> _DROPPED
     codes = (rounded - (_ONE - top)).clamp(0, top)
     if signed:
         codes = torch.where(values < 0, codes | 128, codes)
@@ -84,8 +84,8 @@ def encode(state: dict[str, Any], signs: Mapping[str, bool]) -> None:
     state[ROUNDINGS] = torch.tensor(count + 1, dtype=torch.int64)
     for name in large:
         moment = state[name]
-        key = _key(count, name, moment.device)
-        codes, scale = _run(quantize, signs[name], moment.flatten(), key)
+        noise = noise_of(count, name, moment.device)
+        codes, scale = _run(quantize, signs[name], moment.flatten(), noise)
         state[name], state[name + _SCALE] = codes.view(moment.shape), scale
 
 
@@ -135,9 +135,13 @@ def coded(state: Mapping[str, Any], signs: Mapping[str, bool]) -> dict[str, Any]
     return {name: value for name, value in state.items() if name in wanted}
 
 
-@functools.lru_cache(maxsize=16)  # all weights of a step round alike
-def _key(count: int, name: str, device: torch.device) -> Tensor:
-    return torch.full((), fold_in(count, salt_of(name)), dtype=torch.int64, device=device)
+@functools.lru_cache(maxsize=8)  # all weights of a step round alike
+def noise_of(count: int, name: str, device: torch.device) -> Tensor:
+    """What a moment's values are rounded with, as a function of how often they were: see above."""
+    key = torch.full((), fold_in(count, salt_of(name)), dtype=torch.int64, device=device)
+    index = torch.arange(_ROWS * BLOCK, dtype=torch.int64, device=device)
+    words = column_words(key, index) & ((1 << _DROPPED) - 1)
+    return words.to(torch.int32).view(_ROWS, BLOCK)
 
 
 def _is_large(moment: Any) -> bool:

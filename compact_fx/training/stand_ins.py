@@ -214,6 +214,9 @@ class CompactOptimizer(torch.optim.Optimizer):
         finally:
             for step in steps:
                 self._take_back_state(step)
+            if self._settings.in_8_bits:
+                for step in steps:
+                    low_bit.encode(self.state[step.weight], moments.SIGNS)
         for step in steps:
             self._update(step)
 
@@ -263,10 +266,7 @@ class CompactOptimizer(torch.optim.Optimizer):
             if self._bases.get(weight) is not basis or weight not in self._names:
                 self._bases[weight], self._names[weight] = basis, moments.names_of(basis)
             state = {**state, **self._names[weight]}
-        if state:
-            self.state[weight] = state
-        if self._settings.in_8_bits:
-            low_bit.encode(state, moments.SIGNS)
+        self.state[weight] = state
 
     def _stand_in(
         self, weight: Tensor, factor: Tensor, basis: Basis, group: dict[str, Any]

@@ -18,8 +18,8 @@ from compact_fx.training.moments import SIGNS
 FEATURES, RANK, ROWS = 64, 32, 160  # a factor of 5120 elements
 
 
-def key(number: int = 0) -> Tensor:
-    return torch.tensor((number + 1) * 2**33 + 12345)
+def noise(number: int = 0) -> Tensor:
+    return low_bit.noise_of(number, "exp_avg", torch.device("cpu"))
 
 
 def spread(*shape: int, signed: bool = True) -> Tensor:
@@ -32,7 +32,7 @@ def spread(*shape: int, signed: bool = True) -> Tensor:
 
 
 def there_and_back(values: Tensor, signed: bool, number: int = 0) -> Tensor:
-    codes, scale = low_bit.quantize(values, key(number), signed=signed)
+    codes, scale = low_bit.quantize(values, noise(number), signed=signed)
     assert codes.dtype is torch.uint8
     assert codes.shape == (values.numel(),)
     assert scale.shape == (-(-values.numel() // 256),)
@@ -77,15 +77,15 @@ def test_what_is_not_finite_stays_so(value):
 @pytest.mark.parametrize("signed", [True, False])
 def test_compiled_it_is_the_same(signed):
     values = spread(5000, signed=signed)
-    back = low_bit.quantize(values, key(), signed=signed)
+    back = low_bit.quantize(values, noise(), signed=signed)
 
-    def quantize(values, key):
-        return low_bit.quantize(values, key, signed=signed)
+    def quantize(values, noise):
+        return low_bit.quantize(values, noise, signed=signed)
 
     def dequantize(codes, scale):
         return low_bit.dequantize(codes, scale, signed=signed)
 
-    compiled = _torch.compile_function(quantize, values, key())(values, key())
+    compiled = _torch.compile_function(quantize, values, noise())(values, noise())
     assert all(map(torch.equal, compiled, back))
     expected = low_bit.dequantize(*back, signed=signed)
     assert torch.equal(_torch.compile_function(dequantize, *back)(*back), expected)
