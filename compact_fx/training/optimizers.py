@@ -86,7 +86,7 @@ def compact_optimizer(
         state_dtype: of the moments of sketched weights; the gradient's by default. "fp8" keeps the
             moments of all weights in 8 bits, if they have 4096 elements or more, and else in
             float32: floats with a scale for 256 neighbours, rounded up or down at random. A small
-            LLaMA had a loss of 2.135 after 400 steps (float32: 2.139, linear int8: NaN).
+            transformer had a loss of 2.140 after 400 steps (float32: 2.139, two seeds).
         step_in_backward: update each weight as soon as its gradient is there and free the gradient;
             accumulation, clipping and scaling raise then.
         decoupled_weight_decay: goes to the class where it has this setting; otherwise says what

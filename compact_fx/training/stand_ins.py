@@ -62,7 +62,7 @@ class _Step:
 
 
 # Elements of stand-ins with moments in 8 bits that are stepped at once: with all that is in float32
-# then, some 16 to 24 bytes for each are alive.
+# then, some 16 to 24 bytes for each are alive. A larger weight is stepped alone.
 _MOST_ELEMENTS = 2**24
 
 
