@@ -12,7 +12,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch._functorch.config as functorch_config
@@ -40,12 +40,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import _BoxedCodeGen
 from torch.utils._dtype_abbrs import dtype_abbrs
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 
 Partitioner = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
 CompiledFunction = Callable[..., Any]
+Result = TypeVar("Result")
 
 # ---------------------------------------------------------------------------------------------
 # Dynamo's graph
@@ -189,6 +190,11 @@ def graph_breaks(since: Mapping[str, int] | None = None) -> dict[str, int]:
 def recompile_limit_hits() -> int:
     """How often Dynamo gave up a function in this process for its limit of recompilations."""
     return sum(n for reason, n in counters["unimplemented"].items() if "recompile limit" in reason)
+
+
+def is_wrapper(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is made of others, as FSDP's DTensors are."""
+    return is_traceable_wrapper_subclass(tensor)
 
 
 def sharded_parameter_of(weight: torch.Tensor) -> torch.Tensor | None:
@@ -466,14 +472,14 @@ def compile_graph(
 
 
 def compile_function(
-    function: Callable[..., torch.Tensor], *examples: torch.Tensor
-) -> Callable[..., torch.Tensor]:
+    function: Callable[..., Result], *examples: torch.Tensor
+) -> Callable[..., Result]:
     """A function of tensors through Inductor, without Dynamo and its limit of recompilations."""
     with torch.no_grad():
         graph = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="fake")
         compiled = compile_fx(graph(*examples), list(examples))
 
-    def run(*values: torch.Tensor) -> torch.Tensor:
+    def run(*values: torch.Tensor) -> Result:
         with torch.no_grad():
             return compiled(*values)  # type: ignore[operator,arg-type,return-value]
 

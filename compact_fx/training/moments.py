@@ -18,6 +18,7 @@ from compact_fx.projections import (
     Version,
     salt_of,
 )
+from compact_fx.training import low_bit
 from compact_fx.training.followed import Followed
 
 Refresh = Literal["keep", "project", "reset"]
@@ -26,6 +27,9 @@ REFRESHES: tuple[Refresh, ...] = ("keep", "project", "reset")
 _LINEAR = ("exp_avg", "momentum_buffer", "grad_avg")  # what is linear in the gradient
 # What sums its squares; Adafactor's are those of rows or columns.
 _SQUARED = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "row_var", "col_var")
+# Of what may be in 8 bits, whether it has a sign. RMSprop subtracts the square of grad_avg from a
+# moment: rounded, that may be below 0.
+SIGNS = {n: True for n in _LINEAR if n != "grad_avg"} | dict.fromkeys(_SQUARED, False)
 _MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}  # which a state has whole or not at all
 
 # In a saved state each is a 0-d int64 tensor: distributed checkpoints load tensors in place, and
@@ -191,7 +195,7 @@ def restored(state: Mapping[str, Any], weight: Tensor, known: list[Version]) -> 
         result.steps = steps
     basis = result.basis
     factor = tuple(weight.shape) if basis is None else basis.factor_shape(weight.shape)
-    for name, moment in without_names(state).items():
+    for name, moment in low_bit.check(without_names(state), SIGNS, whose).items():
         if name in _MOMENTS and (not isinstance(moment, Tensor) or moment.dim() != weight.dim()):
             raise ValueError(
                 f"{whose} is damaged: {name} must be a tensor of {len(factor)} dimensions"

@@ -4,16 +4,19 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from compact_fx import _torch
 from compact_fx.projections import Basis, Version
-from compact_fx.training import moments
+from compact_fx.training import low_bit, moments
 from compact_fx.training.gradients import ConsumedGrad, SketchedGrad
 from compact_fx.training.moments import REFRESHES, Refresh
 from compact_fx.training.weights import known_record, record_of, restore_steps, use_gradients
+
+StateDtype = torch.dtype | Literal["fp8"] | None
 
 
 @dataclass(frozen=True)
@@ -36,18 +39,31 @@ class _Settings:
     """Of one compact optimizer."""
 
     refresh: Refresh
-    state_dtype: torch.dtype | None
+    state_dtype: StateDtype
     step_in_backward: bool
+
+    @property
+    def in_8_bits(self) -> bool:
+        return self.state_dtype == "fp8"
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One sketched weight in one step: a stand-in of the factor's shape takes its place."""
+    """One weight in one step that a stand-in takes the place of.
+
+    Attributes:
+        stand_in: of the factor's shape; without a basis the weight itself, at least in float32.
+    """
 
     weight: Tensor
     stand_in: Tensor
-    basis: Basis
+    basis: Basis | None
     group: dict[str, Any]
+
+
+# Elements of stand-ins with moments in 8 bits that are stepped at once: with all that is in float32
+# then, some 16 to 24 bytes for each are alive. A larger weight is stepped alone.
+_MOST_ELEMENTS = 2**24
 
 
 class CompactOptimizer(torch.optim.Optimizer):
@@ -58,6 +74,9 @@ class CompactOptimizer(torch.optim.Optimizer):
     writes its update into it; the weight then becomes
     `(1 - lr · weight_decay) · W + scale · update Pᵀ`, in one pass. Dense weights are stepped as
     they are. A dense gradient of a weight whose state is sketched is used as G P.
+
+    With moments in 8 bits dense weights have stand-ins too, a few weights are stepped at once, and
+    their moments are numbers in float32 only while they are.
     """
 
     _inner_step: Callable[[torch.optim.Optimizer], Any]
@@ -71,8 +90,9 @@ class CompactOptimizer(torch.optim.Optimizer):
             )
         self._settings = _Settings(refresh=refresh, **settings)
         dtype = self._settings.state_dtype
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"state_dtype={dtype} must be a floating-point type")
+        is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        if not (dtype is None or is_float or self._settings.in_8_bits):
+            raise ValueError(f'state_dtype={dtype!r} must be a floating-point type, "fp8" or None')
         self._bases: dict[Tensor, Basis] = {}  # of the sketched weights' states
         self._names: dict[Tensor, dict[str, Tensor]] = {}  # what they are called in saved ones
         self._warned: set[str] = set()
@@ -84,6 +104,13 @@ class CompactOptimizer(torch.optim.Optimizer):
         for name in ("scale", "dense_scale"):
             group.setdefault(name, self.defaults[name])
         self._check_group(group)
+        for weight in group["params"]:
+            if self._settings.in_8_bits and _torch.is_wrapper(weight):
+                raise ValueError(
+                    f'state_dtype="fp8" cannot be used with a weight of type '
+                    f"{type(weight.data).__name__}, shape {tuple(weight.shape)}: its moments are "
+                    "no plain tensors"
+                )
         if self._step_in_backward:
             for weight in group["params"]:
                 self._step_after_backward(weight)
@@ -145,12 +172,51 @@ class CompactOptimizer(torch.optim.Optimizer):
                 if found is not None:
                     self._check_state(weight, found[1])
                     factors[weight] = found
+        batches = self._batches(groups, factors)
+        for batch in batches:
+            self._step_at_once([part for _, part in batch], factors)
+        for group, part in (pair for batch in batches for pair in batch):
+            group.update({k: v for k, v in part.items() if k != "params"})
+
+    def _batches(
+        self, groups: Sequence[dict[str, Any]], factors: Mapping[Tensor, tuple[Tensor, Basis]]
+    ) -> list[list[tuple[dict[str, Any], dict[str, Any]]]]:
+        """What is stepped at once: groups, each with itself or with a copy for some of its weights.
+
+        All copies are of before the step: what a class counts in its groups it counts once.
+        """
+        if not self._settings.in_8_bits:
+            return [[(group, group) for group in groups]]
+        batches: list[list[tuple[dict[str, Any], dict[str, Any]]]] = []
+        size = _MOST_ELEMENTS
+        for group in groups:
+            part: dict[str, Any] | None = None
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                elements = (factors[weight][0] if weight in factors else weight).numel()
+                if size + elements > _MOST_ELEMENTS:
+                    batches.append([])
+                    part, size = None, 0
+                if part is None:
+                    part = {**group, "params": []}
+                    batches[-1].append((group, part))
+                part["params"].append(weight)
+                size += elements
+        return batches
+
+    def _step_at_once(
+        self, groups: Sequence[dict[str, Any]], factors: Mapping[Tensor, tuple[Tensor, Basis]]
+    ) -> None:
         steps: list[_Step] = []
         try:
             self._run_inner_step(self._inner_groups(groups, factors, steps))
         finally:
             for step in steps:
                 self._take_back_state(step)
+            if self._settings.in_8_bits:
+                for step in steps:
+                    low_bit.encode(self.state[step.weight], moments.SIGNS)
         for step in steps:
             self._update(step)
 
@@ -172,6 +238,10 @@ class CompactOptimizer(torch.optim.Optimizer):
             if stand_ins:
                 torch._foreach_zero_(stand_ins)  # a few launches, not one for each weight
             dense = [weight for weight in group["params"] if weight not in factors]
+            if self._settings.in_8_bits:
+                for number, weight in enumerate(dense):
+                    dense[number] = self._dense_stand_in(weight)
+                    steps.append(_Step(weight, dense[number], None, group))
             lr = {"lr": group["lr"] * group["dense_scale"]} if "lr" in group else {}
             if stand_ins:
                 inner.append((group, {**group, "params": stand_ins, "weight_decay": 0.0}))
@@ -191,9 +261,12 @@ class CompactOptimizer(torch.optim.Optimizer):
 
     def _take_back_state(self, step: _Step) -> None:
         weight, basis = step.weight, step.basis
-        if self._bases.get(weight) is not basis or weight not in self._names:
-            self._bases[weight], self._names[weight] = basis, moments.names_of(basis)
-        self.state[weight] = {**self.state.pop(step.stand_in, {}), **self._names[weight]}
+        state = self.state.pop(step.stand_in, {})
+        if basis is not None:
+            if self._bases.get(weight) is not basis or weight not in self._names:
+                self._bases[weight], self._names[weight] = basis, moments.names_of(basis)
+            state = {**state, **self._names[weight]}
+        self.state[weight] = state
 
     def _stand_in(
         self, weight: Tensor, factor: Tensor, basis: Basis, group: dict[str, Any]
@@ -204,12 +277,12 @@ class CompactOptimizer(torch.optim.Optimizer):
             scale = getattr(self, "grad_scale", None)  # a fused one divides by it
             coupled = basis.compress(weight).mul_(sign * decay)
             factor = factor + (coupled if scale is None else coupled * scale)
-        dtype = self._settings.state_dtype or factor.dtype
+        dtype = self._dtype_of_moments(factor.dtype)
         # Fused kernels take for granted that gradients and moments are laid out alike.
         factor = factor.to(dtype).contiguous()
         stand_in = torch.empty_like(factor)
         stand_in.grad = factor
-        state = moments.without_names(self.state.get(weight, {}))
+        state = self._state_of_numbers(weight, dtype)
         if weight in self._bases:  # may fail for want of memory
             moments.carry(state, self._bases[weight], basis, self._settings.refresh)
         self.state.pop(weight, None)
@@ -217,8 +290,36 @@ class CompactOptimizer(torch.optim.Optimizer):
             self.state[stand_in] = state
         return stand_in
 
+    def _dense_stand_in(self, weight: Tensor) -> Tensor:
+        """The weight, or its values in float32, with moments that are numbers."""
+        dtype = self._dtype_of_moments(weight.dtype)
+        stand_in = weight if weight.dtype is dtype else weight.to(dtype)
+        if stand_in is not weight:
+            assert weight.grad is not None
+            stand_in.grad = weight.grad.to(dtype)
+        state = self._state_of_numbers(weight, dtype)
+        self.state.pop(weight, None)
+        if state:
+            self.state[stand_in] = state
+        return stand_in
+
+    def _state_of_numbers(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+        state = moments.without_names(self.state.get(weight, {}))
+        return low_bit.decode(state, moments.SIGNS, dtype) if self._settings.in_8_bits else state
+
+    def _dtype_of_moments(self, dtype: torch.dtype) -> torch.dtype:
+        """What a weight or gradient of this type has moments in, while they are stepped."""
+        if self._settings.in_8_bits:
+            return torch.promote_types(dtype, torch.float32)
+        own = self._settings.state_dtype
+        return own if isinstance(own, torch.dtype) else dtype
+
     def _update(self, step: _Step) -> None:
         weight, group = step.weight, step.group
+        if step.basis is None:
+            if step.stand_in is not weight:
+                weight.copy_(step.stand_in)
+            return
         keep = 1.0
         if group.get("weight_decay") and self._is_decoupled(group):
             keep = 1.0 - float(group["lr"]) * group["weight_decay"]
@@ -343,7 +444,7 @@ class CompactOptimizer(torch.optim.Optimizer):
         return {**whole, "state": {**bare, **whole["state"]}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state; moments are cast to `state_dtype`, or the weight's dtype.
+        """Take over a state; moments are cast or rounded to `state_dtype`, or the weight's dtype.
 
         Raises:
             ValueError: something in it cannot be; nothing has been changed then.
@@ -359,6 +460,7 @@ class CompactOptimizer(torch.optim.Optimizer):
         bases: dict[Tensor, Basis] = {}
         now: dict[Tensor, tuple[Version, Tensor, int]] = {}
         versions: list[Version] = []
+        own: dict[Tensor, dict[str, Any]] = {}
         plain: dict[Any, Any] = {k: v for k, v in state_dict["state"].items() if k not in names}
         for name, weight in zip(names, weights, strict=True):
             if name in state_dict["state"]:
@@ -369,7 +471,13 @@ class CompactOptimizer(torch.optim.Optimizer):
                     bases[weight] = found.basis
                 if found.now is not None:
                     now[weight] = found.now
-                plain[name] = moments.without_names(saved)
+                own[weight] = moments.without_names(saved)
+                if not self._settings.in_8_bits:
+                    own[weight] = low_bit.decode(own[weight], moments.SIGNS, torch.float32)
+                    own[weight].pop(low_bit.ROUNDINGS, None)
+                # torch casts what it gets to the weight's type.
+                as_is = low_bit.coded(own[weight], moments.SIGNS)
+                plain[name] = {k: v for k, v in own[weight].items() if k not in as_is}
             else:
                 steps[weight] = 0
         super().load_state_dict({**state_dict, "state": plain})
@@ -377,9 +485,10 @@ class CompactOptimizer(torch.optim.Optimizer):
             for key in ("scale", "dense_scale"):
                 group.setdefault(key, self.defaults[key])
         self._bases, self._names = bases, {}
-        for name, weight in zip(names, weights, strict=True):
+        for weight in weights:
+            if weight in bases or (self._settings.in_8_bits and own.get(weight)):
+                self._copy_moments(weight, own[weight])
             if weight in bases:
-                self._copy_moments(weight, plain[name])
                 self.state[weight].update(moments.names_of(bases[weight], steps[weight]))
             elif not self.state.get(weight, True):
                 del self.state[weight]  # it held no more than the steps of the weight
@@ -405,12 +514,16 @@ class CompactOptimizer(torch.optim.Optimizer):
 
     def _copy_moments(self, weight: Tensor, saved: Mapping[str, Any]) -> None:
         """Tensors of its own, on the weight's device, rounded once."""
-        dtype = self._settings.state_dtype or weight.dtype
+        dtype, state = self._dtype_of_moments(weight.dtype), self.state[weight]
+        as_is = low_bit.coded(saved, moments.SIGNS)
         for entry, value in saved.items():
-            if isinstance(value, Tensor) and value.dim():
-                wanted = dtype if value.is_floating_point() else value.dtype
-                copied = value.detach().to(weight.device, wanted, copy=True)
-                self.state[weight][entry] = copied
+            if isinstance(value, Tensor) and (value.dim() or entry in as_is):
+                is_number = value.is_floating_point() and entry not in as_is
+                wanted = dtype if is_number else value.dtype
+                device = weight.device if value.dim() else "cpu"
+                state[entry] = value.detach().to(device, wanted, copy=True)
+        if self._settings.in_8_bits:
+            low_bit.encode(state, moments.SIGNS)
 
     def __getstate__(self) -> dict[str, Any]:
         records = {weight: known_record(weight) for _, weight in self._numbered()}

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from compact_fx import CompactAdamW, SketchedGrad, compact_backend, compact_optimizer
+from compact_fx.training import low_bit
 
 SIZES = ((64, 96), (96, 32), (32, 8))
 
@@ -219,13 +220,14 @@ def test_another_seed_is_refused(projection):
     assert equal(optimizer.state_dict(), saved[1])
 
 
-@pytest.mark.parametrize("flat", [False, True])
-def test_a_distributed_checkpoint_goes_on_to_the_bit(tmp_path, flat):
+@pytest.mark.parametrize(("flat", "state_dtype"), [(False, None), (True, "fp8")])
+def test_a_distributed_checkpoint_goes_on_to_the_bit(tmp_path, monkeypatch, flat, state_dtype):
     """get_state_dict, save, load and set_state_dict of torch.distributed.checkpoint."""
+    monkeypatch.setattr(low_bit, "SMALLEST", 64)
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     settings = {"update_interval": 2}
     model = mlp()
-    optimizer = adamw(model.parameters())
+    optimizer = adamw(model.parameters(), state_dtype=state_dtype)
     train(model, optimizer, 3, **settings)
     states = get_state_dict(model, optimizer, options=options)
     dcp.save(
@@ -238,7 +240,7 @@ def test_a_distributed_checkpoint_goes_on_to_the_bit(tmp_path, flat):
     torch._dynamo.reset()
     resumed = mlp()
     nn.init.zeros_(resumed[0].weight)
-    optimizer = adamw(resumed.parameters())
+    optimizer = adamw(resumed.parameters(), state_dtype=state_dtype)
     step = torch.compile(resumed, backend=backend(**settings))
     step(batch()).mean().backward()  # states are made in the shapes that gradients have
     optimizer.zero_grad()

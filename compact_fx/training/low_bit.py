@@ -1,0 +1,165 @@
+"""Moments in 8 bits: small floats, relative to the largest of their block."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from compact_fx import _torch
+from compact_fx.projections import fold_in, salt_of
+from compact_fx.projections.hashed import column_words
+
+BLOCK = 256  # neighbours that share a scale, and
+SMALLEST = 4096  # elements that less than stay in float32: both as in bitsandbytes and torchao
+ROUNDINGS = "roundings"  # how often a state was rounded: noise is drawn from it
+
+_SCALE = "_scale"
+_DROPPED = 20  # bits of float32's mantissa; 3 stay
+_ROWS = 256  # of noise
+_ONE = 127 << 3  # the bits of 1.0 without them
+_TINY = torch.finfo(torch.float32).tiny  # in place of a largest value of 0
+
+
+def quantize(moment: Tensor, noise: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
+    """A moment in 8 bits, rounded up or down at random so that the mean is right.
+
+    A code has 3 bits of mantissa and, of what is linear in gradients, a sign and 4 bits of
+    exponent, of squares 5 bits: each is off by up to 1/8, and less than 2⁻¹⁶ (squares: 2⁻³²) of the
+    largest in its block is 0. A square above 0 stays above 0, since updates are divided by it.
+    What is not finite makes its block so.
+
+    Args:
+        moment: of any shape and floating-point type.
+        noise: int32 below 2²⁰ (rows, 256), for as many blocks, then again from its beginning.
+
+    Returns:
+        codes, uint8 (elements), and scales, float32 (blocks of 256).
+    """
+    count, top = moment.numel(), _top(signed)
+    values = F.pad(moment.flatten().float(), (0, -count % BLOCK)).view(-1, BLOCK)
+    scale = values.abs().amax(1)
+    relative = values.abs() / scale.clamp_min(_TINY)[:, None]
+    noise = noise.repeat(-(-len(values) // len(noise)), 1)[: len(values)]
+    # Mantissas are linear between powers of 2, so that this is right in the mean across them too.
+    rounded = (relative.view(torch.int32) + noise) >> _DROPPED
+    codes = (rounded - (_ONE - top)).clamp(0, top)
+    if signed:
+        codes = torch.where(values < 0, codes | 128, codes)
+    else:
+        codes = torch.where(values > 0, codes.clamp_min(1), codes)
+    return codes.to(torch.uint8).flatten()[:count], scale
+
+
+def dequantize(codes: Tensor, scale: Tensor, *, signed: bool) -> Tensor:
+    """What `quantize` was given, rounded: float32 (elements)."""
+    count, top = codes.numel(), _top(signed)
+    padded = F.pad(codes, (0, -count % BLOCK)).view(-1, BLOCK).to(torch.int32)
+    size = padded & top
+    values = ((size + (_ONE - top)) << _DROPPED).view(torch.float32)
+    values = torch.where(size > 0, values, 0.0) * scale[:, None]
+    return torch.where(padded > size, -values, values).flatten()[:count]
+
+
+def _top(signed: bool) -> int:
+    """The code of 1.0."""
+    return 127 if signed else 255
+
+
+# --- states --------------------------------------------------------------------------------------
+
+
+def encode(state: dict[str, Any], signs: Mapping[str, bool]) -> None:
+    """Put codes and scales in the place of a state's moments, where these are large.
+
+    Args:
+        signs: by the names of moments, whether they have one.
+    """
+    large = [name for name in signs if _is_large(state.get(name))]
+    if not large:
+        return
+    count = int(state.get(ROUNDINGS, 0))
+    state[ROUNDINGS] = torch.tensor(count + 1, dtype=torch.int64)
+    for name in large:
+        moment = state[name]
+        noise = noise_of(count, name, moment.device)
+        codes, scale = _run(quantize, signs[name], moment.flatten(), noise)
+        state[name], state[name + _SCALE] = codes.view(moment.shape), scale
+
+
+def decode(
+    state: Mapping[str, Any], signs: Mapping[str, bool], dtype: torch.dtype
+) -> dict[str, Any]:
+    """The state with moments as numbers of this type, and as it is where they are that already."""
+    decoded = dict(state)
+    for name in signs:
+        if name + _SCALE in decoded:
+            codes, scale = decoded[name], decoded.pop(name + _SCALE)
+            values = _run(dequantize, signs[name], codes.flatten(), scale)
+            decoded[name] = values.view(codes.shape).to(dtype)
+    return decoded
+
+
+def check(state: Mapping[str, Any], signs: Mapping[str, bool], whose: str) -> dict[str, Any]:
+    """A saved state without what belongs to 8 bits.
+
+    Raises:
+        ValueError: codes without their scales, or the reverse, or of shapes that do not fit.
+    """
+    plain = dict(state)
+    count: Any = plain.pop(ROUNDINGS, None)
+    for name in signs:
+        codes: Any = state.get(name)
+        scale: Any = plain.pop(name + _SCALE, None)
+        is_coded = isinstance(codes, Tensor) and codes.dtype is torch.uint8
+        if not is_coded and scale is None:
+            continue
+        is_scale = isinstance(scale, Tensor) and scale.dtype is torch.float32
+        if not (is_coded and is_scale and scale.shape == (-(-codes.numel() // BLOCK),)):
+            raise ValueError(
+                f"{whose} is damaged: {name} in 8 bits needs {name + _SCALE}, a float32 tensor "
+                f"with one number for {BLOCK} elements"
+            )
+        is_whole = isinstance(count, Tensor) and not count.is_floating_point()
+        if not is_whole or count.numel() != 1 or count < 0:
+            raise ValueError(f"{whose} is damaged: {ROUNDINGS}={count!r} must be one int ≥ 0")
+    return plain
+
+
+def coded(state: Mapping[str, Any], signs: Mapping[str, bool]) -> dict[str, Any]:
+    """The entries of a state that are in 8 bits, with what belongs to them."""
+    names = [name for name in signs if name + _SCALE in state]
+    wanted = {ROUNDINGS, *names, *(name + _SCALE for name in names)}
+    return {name: value for name, value in state.items() if name in wanted}
+
+
+@functools.lru_cache(maxsize=8)  # all weights of a step round alike
+def noise_of(count: int, name: str, device: torch.device) -> Tensor:
+    """What a moment's values are rounded with, as a function of how often they were: see above."""
+    key = torch.full((), fold_in(count, salt_of(name)), dtype=torch.int64, device=device)
+    index = torch.arange(_ROWS * BLOCK, dtype=torch.int64, device=device)
+    words = column_words(key, index) & ((1 << _DROPPED) - 1)
+    return words.to(torch.int32).view(_ROWS, BLOCK)
+
+
+def _is_large(moment: Any) -> bool:
+    is_number = isinstance(moment, Tensor) and moment.is_floating_point()
+    return is_number and moment.numel() >= SMALLEST
+
+
+# --- on a GPU these are one fused kernel each; operator by operator they would be twenty ----------
+
+
+def _run(function: Callable[..., Any], signed: bool, *tensors: Tensor) -> Any:
+    if tensors[0].device.type != "cuda":
+        return function(*tensors, signed=signed)
+    like = tuple((t.shape, t.dtype, t.device) for t in tensors)
+    return _compiled(function, signed, like)(*tensors)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any], signed: bool, like: tuple[Any, ...]) -> Any:
+    examples = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in like]
+    return _torch.compile_function(functools.partial(function, signed=signed), *examples)
