@@ -97,16 +97,25 @@ def make_training(
             module.requires_grad_(settings["embeddings"])
     if settings["method"] == "lora":
         add_adapters(model, lora_rank)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    common = {"lr": settings["lr"], "weight_decay": 0.0, "fused": True}
+    layers = {layer.weight for layer in adapted(model).values()}
+    trained: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            trained[parameter in layers or "lora_" in name].append(parameter)
+    lr = settings["lr"]
+    groups = [
+        {"params": trained[True]},
+        {"params": trained[False], "lr": lr * settings["rest_lr"]},
+    ]
+    common = {"lr": lr, "weight_decay": 0.0, "fused": True}
     if settings["method"] != "compact":
         compiled = torch.compile(model, backend=settings["inner"])
-        return compiled, torch.optim.AdamW(trained, **common), None
+        return compiled, torch.optim.AdamW(groups, **common), None
     given = {f.name: settings[f.name] for f in fields(CompactConfig) if f.name in settings}
     head = tuple(name for name, p in model.named_parameters() if is_new(name) and p.ndim > 1)
     tracked = {"projection": "tracked", "gradients": "sketched", "exclude": head}
     backend = compact_backend(**{**tracked, **given})
-    optimizer = CompactAdamW(trained, scale=settings.get("scale", 1.0), **common)
+    optimizer = CompactAdamW(groups, scale=settings.get("scale", 1.0), **common)
     return torch.compile(model, backend=backend), optimizer, backend
 
 

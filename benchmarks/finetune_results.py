@@ -15,6 +15,7 @@ DEFAULTS: Run = {
     "method": "full",
     "rank": None,  # of tracked projections; LoRA gets the memory that those of this rank take
     "lr": 2e-4,  # "best": that of the best run with seed 0 that differs in nothing else
+    "rest_lr": 1.0,  # multiplies lr of the new head, norms and biases
     "embeddings": False,  # whether they are trained: no method makes them smaller
     "seed": 0,  # of a new head or adapters, the order of the text, dropout and projections
     "inner": "inductor",
