@@ -305,7 +305,8 @@ def test_frozen_and_tied_weights(tokens):
     reasons = {site.weight: site.reason for site in found.report.plans[0].sites}
     assert "frozen" in reasons["up.weight"]
 
-    tied, free = (explain(Tied(tie), tokens).memory for tie in (True, False))
+    settings = {"sketch_heads": True}
+    tied, free = (explain(Tied(tie), tokens, **settings).memory for tie in (True, False))
     assert free["eager"].weights - tied["eager"].weights == 4 * 256 * 64
     assert free[SKETCHED].gradients - tied[SKETCHED].gradients == 4 * 256 * 16
 
