@@ -34,12 +34,14 @@ class Variant:
         settings: of the compact backend.
         checkpointing: recompute each layer in the backward pass.
         passes: forward and backward passes for each optimizer step.
+        float8: torchao's recipe for the linear layers; None for bf16.
     """
 
     backend: str | None = "compact"
     settings: dict[str, Any] = field(default_factory=dict)
     checkpointing: bool = False
     passes: int = 1
+    float8: str | None = None
 
 
 # Dense gradients and countsketches unless the name says something else; "tracked" is the default.
@@ -74,6 +76,12 @@ VARIANTS = {
     "torch.compile, 2 passes": Variant("inductor", passes=2),
     "compact n/4, 2 passes": Variant(settings=QUARTER, passes=2),
     "compact n/4, sketched gradients, 2 passes": Variant(settings=QUARTER | SKETCHED, passes=2),
+    "torchao float8 tensorwise": Variant("inductor", float8="tensorwise"),
+    "torchao float8 rowwise": Variant("inductor", float8="rowwise"),
+    "torchao float8 rowwise_with_gw_hp": Variant("inductor", float8="rowwise_with_gw_hp"),
+    "compact n/4, tracked, float8": Variant(
+        settings=QUARTER | TRACKED, float8="rowwise_with_gw_hp"
+    ),
 }
 
 
@@ -96,6 +104,16 @@ def build(shape: dict[str, int], device: str) -> nn.Module:
     with torch.device(device):
         model = LlamaForCausalLM(config) if shape["vocabulary"] else LlamaModel(config)
     return model.to(torch.bfloat16)
+
+
+def to_float8(model: nn.Module, recipe: str) -> nn.Module:
+    """The model with products in float8 in all of its linear layers but the head."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    config = Float8LinearConfig.from_recipe_name(recipe)
+    return convert_to_float8_training(
+        model, config=config, module_filter_fn=lambda _, name: name != "lm_head"
+    )
 
 
 def inputs_of(shape: dict[str, int], device: str) -> dict[str, Tensor]:
@@ -123,6 +141,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     shape = shape_of(args)
     model = build(shape, "cuda")
     variant = VARIANTS[name]
+    if variant.float8 is not None:
+        model = to_float8(model, variant.float8)
     if variant.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     backend: Any = variant.backend
@@ -207,6 +227,8 @@ def main() -> None:
             rows.append(measure(name, args))
         except torch.OutOfMemoryError:
             rows.append({"step": name, "error": "out of memory"})
+        except ImportError as error:  # torchao
+            rows.append({"step": name, "error": str(error)})
         shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}
         print(shown, flush=True)
         write(rows, shape_of(args), args.out)

@@ -81,6 +81,9 @@ def copy_graph_module(module: fx.GraphModule) -> fx.GraphModule:
     graph = copy.deepcopy(module.graph)
     duplicate = fx.GraphModule(module, graph)
     duplicate.meta = dict(module.meta)
+    # Without it AOTAutograd takes parameters for inputs that are new in each step.
+    if hasattr(module, "_param_name_to_source"):
+        duplicate._param_name_to_source = module._param_name_to_source
     originals = module.graph.find_nodes(op="placeholder")
     for node, original in zip(graph.find_nodes(op="placeholder"), originals, strict=True):
         # AOTAutograd reads this attribute of every placeholder, and copying a node drops it.

@@ -16,7 +16,9 @@ from compact_fx.passes.nodes import (
     MATMULS,
     PERMUTING,
     RESHAPING,
+    SCALED_PRODUCT_NAMES,
     is_transposition,
+    operator_base,
     permutation,
 )
 from compact_fx.plan import Side
@@ -187,6 +189,17 @@ def find_weight_grads(
     return tuple(found)
 
 
+def _reason(node: fx.Node) -> str:
+    """Why a gradient that this node makes is left alone."""
+    product = node
+    while product.target in _TRANSPARENT | {aten.mul.Tensor}:  # with scales of rows and columns
+        product = product.args[0]  # type: ignore[assignment]
+    if operator_base(product) in SCALED_PRODUCT_NAMES:
+        dtype = str(product.args[0].meta["val"].dtype)  # type: ignore[union-attr]
+        return f"its matmul is in {dtype.removeprefix('torch.')}: {_operator(product)}"
+    return f"its gradient is no matmul: {_operator(node)}"
+
+
 def _operator(node: fx.Node) -> str:
     if node.target is operator.getitem:
         return _operator(node.args[0])  # type: ignore[arg-type]
@@ -230,7 +243,7 @@ class _Finder:
                     dims = _dims_above(node, dims)
                     pending += [(term, node, dims) for term in terms]  # type: ignore[misc]
             else:
-                reasons.append(f"its gradient is no matmul: {_operator(node)}")
+                reasons.append(_reason(node))
         order = {use.matmul: use for use in uses}
         graph_order = [n for n in self._output.graph.nodes if n in order]
         return tuple(order[node] for node in graph_order), "; ".join(dict.fromkeys(reasons))

@@ -67,7 +67,14 @@ def _names(overloads: set[Any]) -> set[str]:
     return {overload._schema.name.split("::")[1] for overload in overloads}
 
 
-PRODUCT_NAMES = _names(MATMULS) | {"addmm", "baddbmm", "grouped_mm"}
+SCALED_PRODUCT_NAMES = {
+    "_scaled_mm",
+    "_scaled_mm_v2",
+    "_scaled_grouped_mm",
+    "_scaled_grouped_mm_v2",
+}
+"""Products of operands in 8 bits or fewer, times their scales."""
+PRODUCT_NAMES = _names(MATMULS) | SCALED_PRODUCT_NAMES | {"addmm", "baddbmm", "grouped_mm"}
 PRODUCT_NAMES |= {"convolution_backward"}  # which reads a convolution's input alike
 _RELABELLING_NAMES = _names(PERMUTING | RESHAPING | COPYING) | {"expand", "alias"}
 

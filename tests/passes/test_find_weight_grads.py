@@ -262,6 +262,32 @@ def test_what_else_a_gradient_holds_is_said(joint_of, calls):
     assert grad.reason == "its gradient is no matmul: aten.expand.default"
 
 
+class Float8Product(torch.autograd.Function):
+    """x Wᵀ, with a weight gradient of operands in float8 and scales of rows and columns."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scale):
+        ctx.save_for_backward(x, scale)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, scale = ctx.saved_tensors
+        left, right = dy.T.contiguous(), x.T.contiguous().T
+        operands = [t.to(torch.float8_e4m3fn) for t in (left, right)]
+        one = torch.ones((), device=x.device)
+        grad = torch._scaled_mm(*operands, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+        return None, grad if scale is None else (grad * scale).bfloat16(), None
+
+
+@pytest.mark.parametrize("scale", [None, torch.rand(48, 1)])
+def test_a_product_in_float8_is_preserved(joint_of, calls, scale):
+    module = calls(lambda m, x: Float8Product.apply(x, m.w, scale), w=parameter(48, 64))
+    (grad,) = find_weight_grads(joint_of(module.bfloat16(), batch(16, 64).bfloat16()))
+    assert grad.uses == ()
+    assert grad.reason == "its matmul is in float8_e4m3fn: aten._scaled_mm.default"
+
+
 def test_a_gradient_of_two_weights_is_preserved(joint_of, calls):
     module = calls(lambda m, x: F.linear(x, m.a + m.b), a=parameter(48, 64), b=parameter(48, 64))
     grads = found_in(joint_of(module, batch()))

@@ -169,3 +169,18 @@ def test_recomputing_keeps_no_more(joint_of, attention_of):
     joint = joint_of(mlp, batch())
     kept = [partition(joint.copy(), recompute=recompute).bytes for recompute in (True, False)]
     assert kept[0] < kept[1]
+
+
+def test_parameters_are_free_to_keep(joint_of, calls):
+    """Torch knows which inputs last: a rounded weight is made again, although it is smaller."""
+    module = calls(
+        lambda m, x: torch.mm(x.sin(), (m.w * 0.1).to(torch.float8_e4m3fn).float()),
+        w=torch.nn.Parameter(torch.randn(64, 48)),
+    )
+    joint = joint_of(module, torch.randn(16, 64, requires_grad=True))
+    assert [joint.inputs()[index] for index in joint.weights] == [
+        joint.module.graph.find_nodes(op="placeholder")[position]
+        for position in joint.static_inputs
+    ]
+    halves = partition(joint, recompute=True)
+    assert not any("float8" in saved.dtype for saved in halves.saved)
