@@ -34,6 +34,7 @@ class Variant:
         settings: of the compact backend.
         checkpointing: recompute each layer in the backward pass.
         passes: forward and backward passes for each optimizer step.
+        state_dtype: of the compact optimizer's moments.
         float8: torchao's recipe for the linear layers; None for bf16.
     """
 
@@ -41,6 +42,7 @@ class Variant:
     settings: dict[str, Any] = field(default_factory=dict)
     checkpointing: bool = False
     passes: int = 1
+    state_dtype: Any = None
     float8: str | None = None
 
 
@@ -57,6 +59,9 @@ VARIANTS = {
     "compact n/4, tracked": Variant(settings=QUARTER | TRACKED),
     "compact n/4, tracked, int8": Variant(settings=QUARTER | INT8),
     "compact n/4, tracked, fp8": Variant(settings=QUARTER | FP8),
+    "compact n/4, tracked, int8, 8-bit moments": Variant(
+        settings=QUARTER | INT8, state_dtype="fp8"
+    ),
     "compact n/4, gaussian": Variant(settings=QUARTER | GAUSSIAN),
     "compact n/4, gaussian, sketched gradients": Variant(settings=QUARTER | GAUSSIAN | SKETCHED),
     "compact n/4, recompute=False": Variant(settings=QUARTER | {"recompute": False}),
@@ -151,8 +156,9 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     if backend is not None:
         model.compile(backend=backend)
     sketched = variant.settings.get("gradients") == "sketched"
-    optimizer_class = CompactAdamW if sketched else torch.optim.AdamW
-    optimizer = optimizer_class(model.parameters(), lr=1e-4, fused=True)  # type: ignore[call-arg]
+    own = {"state_dtype": variant.state_dtype} if sketched else {}
+    optimizer_class: Any = CompactAdamW if sketched else torch.optim.AdamW
+    optimizer = optimizer_class(model.parameters(), lr=1e-4, fused=True, **own)
     inputs = inputs_of(shape, "cuda")
     target = None if args.vocabulary else torch.randn_like(inputs["inputs_embeds"])
 
