@@ -433,3 +433,19 @@ def test_sharded_weights_are_refused(process_group):
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
     with pytest.raises(ValueError, match=r'state_dtype="fp8" .* type DTensor'):
         CompactAdamW(model.parameters(), state_dtype="fp8")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("signed", [True, False])
+def test_on_cuda_codes_are_those_of_a_cpu(signed):
+    """One kernel each; a division may differ in its last bit, and so one code in thousands."""
+    values = spread(96, 300, signed=signed)
+    states = [{"exp_avg" if signed else "exp_avg_sq": v} for v in (values, values.cuda())]
+    for state in states:
+        low_bit.encode(state, SIGNS)
+    (on_cpu, on_cuda), name = states, next(iter(states[0]))
+    assert (on_cuda[name].cpu() == on_cpu[name]).float().mean() > 0.999
+    assert on_cuda[name + "_scale"].cpu().equal(on_cpu[name + "_scale"])
+    back = low_bit.decode(on_cuda, SIGNS, torch.float32)[name].cpu()
+    large = values.abs() > values.abs().max() * 2**-14
+    assert ((back - values).abs() <= values.abs() / 7)[large].all()
