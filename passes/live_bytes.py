@@ -1,7 +1,8 @@
 """How many bytes are alive at each operator of a cut graph, predicted."""
 
+import operator
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -69,27 +70,31 @@ def graph_memory(
         joint: what it is of; its inputs are there for the whole step,
         intermediate: but for those at these indices, which come from another graph.
     """
-    inputs = joint.module.graph.find_nodes(op="placeholder")
+    inputs = [*filter(is_tensor, joint.module.graph.find_nodes(op="placeholder"))]
+    tangents = {storage_of(node) for node in inputs if "tangents" in str(node.target)}
     lasting = {
-        storage_of(node)
-        for node in inputs
-        if is_tensor(node)
-        and "tangents" not in str(node.target)
-        and _torch.input_index(node) not in intermediate
-    }
+        storage_of(node) for node in inputs if _torch.input_index(node) not in intermediate
+    } - tangents
     results = {storage_of(node) for node in cut.results if is_tensor(node)}
-    forward = _moments(cut.forward, "forward", lasting, kept=results | cut.storages)
-    gradients = filter(is_tensor, cut.backward.graph.output_node().all_input_nodes)
-    kept = {storage_of(node) for node in gradients}
-    backward = _moments(cut.backward, "backward", lasting, kept)
+    forward = _moments(cut.forward, "forward", lasting, results | cut.storages)
+    outputs = filter(is_tensor, cut.backward.graph.output_node().all_input_nodes)
+    gradients = {storage_of(node) for node in outputs}
+    backward = _moments(cut.backward, "backward", lasting, gradients, lent=tangents)
     held = sum(cut.saved_by_storage[storage].bytes for storage in cut.storages - lasting)
     return GraphMemory(tuple(forward), tuple(backward), cut.bytes, held)
 
 
 def _moments(
-    module: fx.GraphModule, phase: Phase, static: set[int], kept: set[int]
-) -> Iterator[Moment]:
-    """Live bytes at each operator that writes memory."""
+    module: fx.GraphModule,
+    phase: Phase,
+    static: set[int],
+    kept: set[int],
+    lent: Collection[int] = (),
+) -> list[Moment]:
+    """Live bytes at each operator that writes memory.
+
+    lent: storages of inputs that the caller keeps until the end: autograd does, of tangents.
+    """
     steps, sizes = _kernels(module)
     last = {storage: i for i, step in enumerate(steps) for storage in step.reads}
     live = {
@@ -99,31 +104,74 @@ def _moments(
     }
     live = {storage: size for storage, size in live.items() if storage not in static}
     given = frozenset(live)
-    now = sum(live.values())
-    yield Moment(phase, "", now)
+    start = now = sum(live.values())
+    alive: list[int] = []  # bytes at each step
+    written: list[list[int]] = []  # bytes of each tensor that gets memory at a step
+    freed: list[list[int]] = []  # bytes of each that is done with, but for the graph's inputs
+    late = [0] * len(steps)  # bytes that are held although Inductor counts them as free
     for i, step in enumerate(steps):
         dying = [s for s in step.reads if last[s] == i and s in live and s not in kept]
-        written = [s for s in step.writes if s not in live and s not in static]
+        new = [s for s in step.writes if s not in live and s not in static]
         # One result takes the place of what nothing reads later, but not of the graph's inputs.
         if step.fused and len(step.writes) == 1:
             now -= sum(live.pop(storage) for storage in dying if storage not in given)
-        for storage in written:
-            live[storage] = sizes[storage]
-        now += sum(sizes[storage] for storage in written)
-        yield Moment(phase, step.operator, now)
+        live.update({storage: sizes[storage] for storage in new})
+        now += sum(sizes[storage] for storage in new)
+        alive.append(now)
         gone = [s for s in dying if s in live]
-        gone += [s for s in written if s not in last and s not in kept]
+        gone += [s for s in new if s not in last and s not in kept]
         now -= sum(live.pop(storage) for storage in gone)
+        written.append([sizes[storage] for storage in new])
+        freed.append([sizes[storage] for storage in gone if storage not in given])
+        late[i] = sum(sizes[storage] for storage in gone if storage in lent)
+    _keep_for_reuse(alive, written, freed)
+    moments, after = [Moment(phase, "", start)], 0
+    for step, size, released in zip(steps, alive, late, strict=True):
+        moments.append(Moment(phase, step.operator, size + step.workspace + after))
+        after += released
+    moments[-1] = Moment(phase, steps[-1].operator, alive[-1])
+    return moments
+
+
+def _keep_for_reuse(alive: list[int], written: list[list[int]], freed: list[list[int]]) -> None:
+    """Add to live bytes what Inductor does not free, since a later result takes its place.
+
+    It does so where its own estimate of the peak, which knows no workspaces, stays what it is
+    (`AllocateLine.should_reuse_buffer`).
+    """
+    peak = max(alive)
+    free: dict[int, list[int]] = {}  # by size: the steps since which such memory is not used
+    for i, new in enumerate(written):
+        for size in new:
+            since = free.get(size)
+            if not since:
+                continue
+            between = alive[since[-1] + 1 : i]
+            if max(between, default=0) + size <= peak:
+                start = since.pop() + 1
+                alive[start:i] = [bytes_ + size for bytes_ in between]
+        for size in freed[i]:
+            free.setdefault(size, []).append(i)
 
 
 @dataclass(frozen=True)
 class _Kernel:
-    """An operator that writes memory, with everything that is fused into it."""
+    """An operator that writes memory, with everything that is fused into it.
+
+    Attributes:
+        elements: how many it runs over, if it may be fused with others, or 0.
+        workspace: bytes that it takes for itself.
+    """
 
     operator: str
     reads: frozenset[int]
     writes: frozenset[int]
-    fused: bool
+    elements: int
+    workspace: int = 0
+
+    @property
+    def fused(self) -> bool:
+        return self.elements > 0
 
 
 # Inductor computes a value with more than one reader on the fly only up to so many buffers.
@@ -161,8 +209,10 @@ def _kernels(module: fx.GraphModule) -> tuple[list[_Kernel], dict[int, int]]:
             continue
         sizes[storage] = bytes_of(node)
         if node.op != "placeholder":
-            kernels.append(_Kernel(_torch.operator_name(node), reads, frozenset([storage]), fused))
-    kernels.append(_Kernel("return", frozenset(returned), frozenset(), False))
+            made = frozenset([storage])
+            name = _torch.operator_name(node)
+            kernels.append(_Kernel(name, reads, made, _elements(node), _workspace(node)))
+    kernels.append(_Kernel("return", frozenset(returned), frozenset(), 0))
     return _fused_side_by_side(kernels, sizes), sizes
 
 
@@ -171,7 +221,7 @@ _WINDOW = 64
 
 
 def _fused_side_by_side(kernels: list[_Kernel], sizes: dict[int, int]) -> list[_Kernel]:
-    """Make one kernel of pointwise ones that read the same tensor and do not need each other.
+    """Make one kernel of those over equally many elements that share a tensor of this size.
 
     Inductor does so to read the tensor once. All results are then there at the same time, and
     before the first would have been needed.
@@ -181,43 +231,51 @@ def _fused_side_by_side(kernels: list[_Kernel], sizes: dict[int, int]) -> list[_
     members = {i: [i] for i in group}
 
     def needs(later: int, earlier: int) -> bool:
-        """Whether a group depends on another one."""
+        """Whether a group depends on another one through a third."""
         seen, pending = {later}, [later]
         while pending:
-            for member in members[pending.pop()]:
+            current = pending.pop()
+            for member in members[current]:
                 for storage in kernels[member].reads & writer.keys():
                     source = group[writer[storage]]
-                    if source == earlier:
+                    if source == earlier and current != later:
                         return True
                     if source not in seen and source > members[earlier][0]:
                         seen.add(source)
                         pending.append(source)
         return False
 
-    readers: dict[int, list[int]] = {}
+    touched: dict[int, list[int]] = {}  # by storage: the kernels that read or write it, so far
     for j, kernel in enumerate(kernels):
         if not kernel.fused:
             continue
-        size = {sizes[storage] for storage in kernel.writes}
-        shared = [s for s in kernel.reads if 2 * sizes.get(s, 0) >= max(size)]  # worth the fusion
-        for i in dict.fromkeys(i for storage in shared for i in readers.get(storage, ())):
-            alike = {sizes[storage] for storage in kernels[i].writes} == size
+        own = [s for s in (*kernel.reads, *kernel.writes) if sizes.get(s, 0) >= kernel.elements]
+        for i in dict.fromkeys(i for storage in own for i in touched.get(storage, ())):
+            alike = kernels[i].elements == kernel.elements
             if alike and j - i <= _WINDOW and group[i] != j and not needs(j, group[i]):
                 moved = members.pop(group[i])
                 members[j] = sorted(moved + members[j])
                 for member in moved:
                     group[member] = j
+        for storage in own:
+            touched.setdefault(storage, []).append(j)
+    readers: dict[int, set[int]] = {}
+    for i, kernel in enumerate(kernels):
         for storage in kernel.reads:
-            readers.setdefault(storage, []).append(j)
-    merged = {g: _together([kernels[i] for i in own]) for g, own in members.items()}
+            readers.setdefault(storage, set()).add(group[i])
+    merged = {
+        g: _together([kernels[i] for i in own], {s for s, by in readers.items() if by == {g}})
+        for g, own in members.items()
+    }
     made_by = {storage: group[i] for storage, i in writer.items()}
     return [merged[g] for g in _sorted(merged, made_by)]
 
 
-def _together(kernels: list[_Kernel]) -> _Kernel:
+def _together(kernels: list[_Kernel], inner: set[int]) -> _Kernel:
+    """One kernel; what only its members read is never written."""
     reads = frozenset[int]().union(*(kernel.reads for kernel in kernels))
     writes = frozenset[int]().union(*(kernel.writes for kernel in kernels))
-    return _Kernel(kernels[-1].operator, reads - writes, writes, kernels[-1].fused)
+    return replace(kernels[-1], reads=reads - writes, writes=writes - inner)
 
 
 def _sorted(groups: dict[int, _Kernel], made_by: dict[int, int]) -> Iterator[int]:
@@ -261,6 +319,32 @@ def _is_fused(node: fx.Node) -> bool:
     tags = getattr(node.target, "tags", ())
     name = operator_base(node)
     return torch.Tag.pointwise in tags or name in _MADE_ON_THE_FLY
+
+
+def _elements(node: fx.Node) -> int:
+    """How many a fused kernel runs over; 0 where it is none. Sums over rows are fused as well."""
+    if node.op == "call_function" and _is_fused(node):
+        return _count(node)
+    if operator_base(node) in _REDUCTIONS and len(node.args) > 1:
+        (of, dims, *_) = node.args
+        if isinstance(of, fx.Node) and is_tensor(of) and isinstance(dims, list | tuple):
+            rank = of.meta["val"].dim()
+            if [dim % rank for dim in dims] == list(range(rank - len(dims), rank)):
+                return _count(of) if _count(node) > 1 else 0
+    return 0
+
+
+def _workspace(node: fx.Node) -> int:
+    """Attention's backward adds up the gradient of the queries in float32, in all libraries."""
+    name = _torch.operator_name(node)
+    if "attention" in name and "backward" in name:
+        call = node if node.target is not operator.getitem else node.args[0]
+        return 4 * _count(call.args[1])  # type: ignore[union-attr,arg-type]
+    return 0
+
+
+def _count(node: fx.Node) -> int:
+    return _torch.size_hint(node.meta["val"].numel())
 
 
 def _reads_on_the_fly(node: fx.Node) -> bool:

@@ -48,3 +48,25 @@ def test_inspect_graphs_prints_both():
     assert parts["block: forward"].count("random_projection.default(") == 3  # qkv, gate/up, down
     assert parts["block: backward"].count("random_projection.default(") == 4  # and o_proj, late
     assert "grad_block_mlp_down_proj_weight_factor: f32[64, 44]" in parts["block: diff"]
+
+
+@pytest.mark.long
+def test_train_8b_trains_its_tiny_shape():
+    """The code of the 8B run: layers of their own, steps in the backward pass, a loss in parts."""
+    command = [sys.executable, str(EXAMPLES / "train_8b.py"), "--tiny", "--steps", "6"]
+    done = subprocess.run([*command, "--lr", "1e-2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    losses = [float(line.split()[3].rstrip(",")) for line in done.stdout.splitlines()[:6]]
+    assert losses[-1] < losses[0] - 0.1
+    assert "7 of 7 weight gradients sketched" in done.stdout
+    assert "1 of 1 weight gradients sketched" in done.stdout  # the head
+
+
+def test_train_8b_counts_its_weights():
+    """All that `--count` says of weights and factors is what the model has."""
+    command = [sys.executable, str(EXAMPLES / "train_8b.py"), "--count"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    sizes = {line[:40].strip(): float(line.split()[-1]) for line in done.stdout.splitlines()[2:]}
+    assert sizes["weights"] == 16.06  # 8.03e9 in bf16
+    assert sizes["all"] < 24

@@ -4,7 +4,14 @@ import torch
 from torch import nn
 
 from compact_fx import explain
-from compact_fx.passes.live_bytes import GraphMemory, Moment, graph_memory
+from compact_fx.passes.live_bytes import (
+    GraphMemory,
+    Moment,
+    _fused_side_by_side,
+    _keep_for_reuse,
+    _Kernel,
+    graph_memory,
+)
 from compact_fx.reading.explanation import COMPILED, DENSE, SKETCHED
 from compact_fx.reading.memory import LiveMemory, step_timeline
 
@@ -33,7 +40,7 @@ def test_two_matrices_by_hand():
     assert [m.bytes for m in memory.forward] == [0, h, h + y, h + y]
     assert {m.phase for m in memory.backward} == {"backward"}
     assert memory.backward[0].bytes == h + y  # what it receives
-    assert of(memory.backward, "mm") == [h + y + grad, y + grad + h, grad + h + grad]
+    assert of(memory.backward, "mm") == [h + y + grad, y + grad + h, y + grad + h + grad]
     assert memory.gradients == 2 * grad
 
 
@@ -52,6 +59,41 @@ def test_pointwise_work_is_fused():
     h = 64 * KB
     assert max(m.bytes for m in memory.forward) == h + 4  # the product, and the scalar
     assert memory.saved == 2 * h  # x and the product
+
+
+def test_one_kernel_makes_what_is_rebuilt_and_what_the_norm_passes_on():
+    """Both read the norm's input x, so that the rebuilt input waits for what dx is made of."""
+    x, rebuilt, factor, dy, dnorm, row, dx = range(7)
+    sizes = {x: 256, rebuilt: 256, factor: 16, dy: 256, dnorm: 256, row: 4, dx: 256}
+
+    def kernel(name: str, reads: set[int], writes: set[int], elements: int = 0) -> _Kernel:
+        return _Kernel(name, frozenset(reads), frozenset(writes), elements)
+
+    kernels = [
+        kernel("norm", {x}, {rebuilt}, 64),
+        kernel("sketch", {rebuilt}, {factor}),
+        kernel("mm", {dy}, {dnorm}),
+        kernel("sum", {x, dnorm}, {row}, 64),
+        kernel("dx", {x, dnorm, row}, {dx}, 64),
+        kernel("return", {factor, dx}, set()),
+    ]
+    fused = _fused_side_by_side(kernels, sizes)
+    assert [k.operator for k in fused] == ["mm", "dx", "sketch", "return"]
+    assert fused[1].reads == {x, dnorm}
+    assert fused[1].writes == {rebuilt, dx}  # the sum over a row is never written
+
+
+def test_dead_memory_waits_for_a_result_of_its_size():
+    """Where the peak stays what it is: 3 of size 8 at step 1, then 4 bytes, then 8 again."""
+    alive, written, freed = (
+        [8, 24, 12, 4, 12],
+        [[8], [8, 8], [4], [], [8]],
+        [[], [8, 8], [8], [], []],
+    )
+    _keep_for_reuse(alive, written, freed)
+    assert alive == [8, 24, 12, 12, 12]  # what step 2 has freed is there for step 4
+    _keep_for_reuse(alive := [8, 8, 16, 8], [[8], [], [16], [8]], [[8], [], [16], []])
+    assert alive == [8, 8, 16, 8]  # it would be 24 at step 2
 
 
 def test_live_memory_by_hand():
