@@ -57,7 +57,7 @@ def choose_sites(
         return _choose(joint, config, failed, before, Treatment(config.recompute, saved))[0]
     allowed = config.memory_budget
     if isinstance(allowed, float):
-        allowed = int(allowed * graph_memory(before, joint).peak)
+        allowed = int(allowed * graph_memory(before, joint, with_reuse=True).peak)
     peaks = []
     for treatment in LADDER:
         plan, cut = _choose(joint, config, failed, before, treatment)

@@ -57,7 +57,11 @@ class GraphMemory:
 
 
 def graph_memory(
-    cut: Partition, joint: JointGraph, intermediate: Collection[int] = ()
+    cut: Partition,
+    joint: JointGraph,
+    intermediate: Collection[int] = (),
+    *,
+    with_reuse: bool = False,
 ) -> GraphMemory:
     """Follow the memory of both graphs of a partition, operator by operator.
 
@@ -69,6 +73,7 @@ def graph_memory(
         cut: the partition.
         joint: what it is of; its inputs are there for the whole step,
         intermediate: but for those at these indices, which come from another graph.
+        with_reuse: it is torch.compile's own: this project has Inductor reuse no buffers on CUDA.
     """
     inputs = [*filter(is_tensor, joint.module.graph.find_nodes(op="placeholder"))]
     tangents = {storage_of(node) for node in inputs if "tangents" in str(node.target)}
@@ -76,10 +81,13 @@ def graph_memory(
         storage_of(node) for node in inputs if _torch.input_index(node) not in intermediate
     } - tangents
     results = {storage_of(node) for node in cut.results if is_tensor(node)}
-    forward = _moments(cut.forward, "forward", lasting, results | cut.storages)
+    kept = results | cut.storages
+    forward = _moments(cut.forward, "forward", lasting, kept, with_reuse=with_reuse)
     outputs = filter(is_tensor, cut.backward.graph.output_node().all_input_nodes)
     gradients = {storage_of(node) for node in outputs}
-    backward = _moments(cut.backward, "backward", lasting, gradients, lent=tangents)
+    backward = _moments(
+        cut.backward, "backward", lasting, gradients, with_reuse=with_reuse, lent=tangents
+    )
     held = sum(cut.saved_by_storage[storage].bytes for storage in cut.storages - lasting)
     return GraphMemory(tuple(forward), tuple(backward), cut.bytes, held)
 
@@ -89,6 +97,8 @@ def _moments(
     phase: Phase,
     static: set[int],
     kept: set[int],
+    *,
+    with_reuse: bool,
     lent: Collection[int] = (),
 ) -> list[Moment]:
     """Live bytes at each operator that writes memory.
@@ -124,7 +134,8 @@ def _moments(
         written.append([sizes[storage] for storage in new])
         freed.append([sizes[storage] for storage in gone if storage not in given])
         late[i] = sum(sizes[storage] for storage in gone if storage in lent)
-    _keep_for_reuse(alive, written, freed)
+    if with_reuse:
+        _keep_for_reuse(alive, written, freed)
     moments, after = [Moment(phase, "", start)], 0
     for step, size, released in zip(steps, alive, late, strict=True):
         moments.append(Moment(phase, step.operator, size + step.workspace + after))

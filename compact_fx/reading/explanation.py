@@ -246,7 +246,10 @@ class _Analyser:
             DENSE: graphs["dense"].cut,
             SKETCHED: graphs["sketched"].cut,
         }
-        memory = {way: graph_memory(cut, joint, intermediate) for way, cut in cuts.items()}
+        memory = {
+            way: graph_memory(cut, joint, intermediate, with_reuse=cut is cuts[COMPILED])
+            for way, cut in cuts.items()
+        }
         return _Found(graphs, memory, inputs)
 
     def projection_bytes(self, gradients: str) -> int:

@@ -20,7 +20,7 @@ KB = 1024
 
 def memory_of(model, x):
     graphs = explain(model, x, rank=0.25, inner="aot_eager").graphs[0]
-    return graph_memory(graphs.cut_before, graphs._joint)
+    return graph_memory(graphs.cut_before, graphs._joint, with_reuse=True)
 
 
 def of(moments, operator):
