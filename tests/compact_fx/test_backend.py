@@ -298,7 +298,7 @@ def test_another_part_of_a_gradient_is_in_the_report():
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
             return self.embed(ids).tanh() @ self.embed.weight.T
 
-    compact = backend()
+    compact = backend(sketch_heads=True)
     ids = torch.randint(0, 96, (4, 32))
     torch.compile(Tied(), backend=compact)(ids).pow(2).mean().backward()
     sketched, exact = compact.plans[0].sites

@@ -53,6 +53,7 @@ WRONG = [
     ("exclude", "lm_head*", TypeError, "a tuple of name patterns"),
     ("exclude", {"lm_head"}, TypeError, "a tuple of name patterns"),
     ("recompute", 1, TypeError, "a bool"),
+    ("sketch_heads", "lm_head", TypeError, "a bool"),
     ("strict", "yes", TypeError, "a bool"),
     ("keep_graphs", 1, TypeError, "a bool"),
     ("mode", 3, TypeError, "a str"),
