@@ -140,6 +140,11 @@ def _is_large(kept: fx.Node) -> bool:
     return elements >= SMALLEST and isinstance(value.shape[-1], int) and has_own_memory
 
 
+def _has_long_rows(kept: fx.Node) -> bool:
+    last = kept.meta["val"].shape[-1]
+    return isinstance(last, int) and last >= GROUPS[-1]
+
+
 Pack = Callable[[Tensor], object]
 Unpack = Callable[..., Tensor]
 
@@ -150,7 +155,9 @@ def _packing_of(kept: fx.Node, kind: LowBit) -> tuple[Pack, Unpack] | None:
     last = value.shape[-1]
     if value.dtype is torch.bool:
         return (to_bits, from_bits) if last % 8 == 0 else None
-    if value.dtype not in (torch.bfloat16, torch.float16, torch.float32) or last < 32:
+    if value.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return None
+    if not _has_long_rows(kept):
         return None
     group = next((g for g in GROUPS if last % g == 0), last)
     pack = functools.partial(quantize, dtype=_DTYPES[kind], group=group)
@@ -179,7 +186,10 @@ def _pack(
 
 
 def _cross_once(halves: Partition) -> None:
-    """Where a tensor and views of it cross, let the backward make the views."""
+    """Where views of a tensor cross, let the tensor itself, and the backward make the views.
+
+    A kernel that packs rows then reads them as they are in memory.
+    """
     groups: dict[fx.Node, list[tuple[int, fx.Node, list[fx.Node]]]] = {}
     for at, kept, received in halves.crossing():
         whole, views = kept, []
@@ -189,10 +199,16 @@ def _cross_once(halves: Partition) -> None:
         groups.setdefault(whole, []).append((at, received, views[::-1]))
     dropped = []
     graph = halves.backward.graph
-    for members in groups.values():
+    for whole, members in groups.items():
         base = next((received for _, received, views in members if not views), None)
-        for at, received, views in members:
-            if base is None or received is base or not received.users:
+        used = [member for member in members if member[1].users]
+        place = None  # of the tensor, where only views of it have crossed
+        if base is None and used and whole.op == "call_function" and _has_long_rows(whole):
+            place, received, _ = used[0]
+            _torch.replace_saved(halves.forward.graph, place, [whole])
+            (base,) = _torch.replace_received(received, [whole])
+        for at, received, views in used:
+            if base is None or received is base:
                 continue
             view = base
             with graph.inserting_before(min(received.users)):
@@ -201,7 +217,7 @@ def _cross_once(halves: Partition) -> None:
                     view = insert(graph, node.target, args, like=node, name=node.name)  # type: ignore[arg-type]
             received.replace_all_uses_with(view)
             graph.erase_node(received)
-            dropped.append(at)
+            dropped += [at] if at != place else []
     for at in sorted(dropped, reverse=True):
         _torch.replace_saved(halves.forward.graph, at, [])
 

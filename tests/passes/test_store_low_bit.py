@@ -230,6 +230,8 @@ def test_a_tensor_and_its_views_cross_once(halves_of, calls):
     block = calls(attention, **{name: nn.Linear(64, 64) for name in "qkvo"})
     *_, after = halves_of(block, torch.randn(2, 32, 64, requires_grad=True))
     assert [saved.dtype for saved in after.saved if saved.kind == "attention"].count("int8") == 4
+    packed = [saved.shape for saved in after.saved if saved.dtype == "int8"]
+    assert packed.count("(64, 1, 64)") == 3  # q, k and v as their products have made them
     statistics = [saved for saved in after.saved if saved.shape == "(2, 2, 32)"]
     assert [saved.dtype for saved in statistics] == ["float32"]  # log-sum-exp
 
