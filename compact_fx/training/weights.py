@@ -3,7 +3,7 @@
 import functools
 import weakref
 from collections.abc import Callable, Iterable, MutableMapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from compact_fx.projections import Basis, Projection, Version
 from compact_fx.training.followed import Followed, first_version
 from compact_fx.training.gradients import SketchedGrad
 from compact_fx.training.watch import Watch
+
+if TYPE_CHECKING:
+    from compact_fx.training.exchange import Exchange
 
 
 class Group:
@@ -101,7 +104,9 @@ class WeightRecord:
         in_dense_graph: whether one that makes its gradient dense, G P Pᵀ, has.
         recomputed: what a checkpoint has recomputed in, until the gradient arrives.
         listener: called with the weight when a sketched gradient has arrived.
-        watch: of the backend that compiled its graph.
+        watch: of the backend that compiled its graph, and settings: of that as text.
+        exchange: averages its gradient over processes, under this name; None elsewhere.
+        is_local: whether its last forward pass was under `no_sync()`.
     """
 
     def __init__(self) -> None:
@@ -116,6 +121,10 @@ class WeightRecord:
         self.recomputed: Basis | None = None
         self.listener: Callable[[Tensor], None] | None = None
         self.watch: Watch | None = None
+        self.settings = ""
+        self.exchange: "Exchange | None" = None
+        self.name = ""
+        self.is_local = False
         self._used: tuple[weakref.ref[Tensor], int] | None = None
         self._user: weakref.ref[Optimizer] | None = None
 
