@@ -25,7 +25,8 @@ def exchange_factors(
 
     From then on DistributedDataParallel leaves weights of two and more dimensions alone, but those
     of embeddings. They get the first rank's values here, and their gradients are averaged over
-    ranks as they arrive: as factors where sketched, dense elsewhere. One process: nothing is done.
+    ranks as they arrive: as factors where sketched, dense elsewhere. Without torch.distributed
+    nothing is done.
 
     Args:
         model: what DistributedDataParallel is given, on all ranks.
@@ -34,7 +35,7 @@ def exchange_factors(
     Raises:
         ValueError: ranks have other weights, or DistributedDataParallel would have none left.
     """
-    if not _is_initialized() or dist.get_world_size(process_group) == 1:
+    if not _is_initialized():
         return
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError(
@@ -91,7 +92,7 @@ def before_forward(records: Sequence[WeightRecord], *, is_shared: bool) -> None:
     if not _is_initialized():
         return
     ddp = _torch.active_ddp()
-    if dist.get_world_size(None if ddp is None else ddp.process_group) == 1:
+    if ddp is None and dist.get_world_size() == 1:
         return
     for record in records:
         if record.listener is not None:
@@ -101,10 +102,10 @@ def before_forward(records: Sequence[WeightRecord], *, is_shared: bool) -> None:
             )
         if is_shared and record.exchange is None:
             raise ValueError(
-                "gradients='sketched', and projection='tracked', on several processes: call "
-                "compact_fx.exchange_factors(model) after init_process_group and before "
-                "DistributedDataParallel(model), or use gradients='dense' with another "
-                "projection. Sharded weights (FSDP) are not exchanged as factors yet"
+                "with torch.distributed sketched gradients and tracked projections need "
+                "compact_fx.exchange_factors(model), after init_process_group and before "
+                "DistributedDataParallel(model); or use gradients='dense' with another projection, "
+                "as with sharded weights (FSDP)"
             )
     for exchange in {record.exchange for record in records if record.exchange is not None}:
         exchange.begin_forward(ddp)
@@ -145,6 +146,12 @@ class _Form:
     shape: tuple[int, ...]
     dtype: torch.dtype
     settings: str
+
+
+def _text(forms: Mapping[_Slot, _Form]) -> str:
+    return ", ".join(
+        f"{slot.part} {form.shape} {form.dtype} {form.settings}" for slot, form in forms.items()
+    )
 
 
 @dataclass(eq=False)
@@ -352,14 +359,19 @@ class Exchange:
     def _agree(self, new: Mapping[_Slot, _Form]) -> None:
         """Every rank appends the same slots, in the same order."""
         before = len(self._forms)
+        known: dict[str, tuple[int, dict[_Slot, _Form]]] = {}
         for rank, of_rank in zip(self.ranks, self.gather(dict(new)), strict=True):
+            by_weight: dict[str, dict[_Slot, _Form]] = {}
             for slot, form in cast(dict[_Slot, _Form], of_rank).items():
-                known = self._forms.setdefault(slot, form)
-                if known != form:
+                by_weight.setdefault(slot.weight, {})[slot] = form
+            for name, mine in by_weight.items():
+                first, others = known.setdefault(name, (rank, mine))
+                if others != mine:
                     raise ValueError(
-                        f"ranks do not have the same settings: for the gradient of {slot.weight} "
-                        f"rank {rank} has {form}, a rank before it {known}"
+                        f"ranks have different settings. The gradient of {name} is on rank "
+                        f"{first}: {_text(others)}; on rank {rank}: {_text(mine)}"
                     )
+                self._forms.update(mine)
         open_buckets: dict[tuple[torch.dtype, torch.device], tuple[list[_Slot], int]] = {}
         for slot in list(self._forms)[before:]:
             form, device = self._forms[slot], self._weight(slot).device
