@@ -18,9 +18,7 @@ BUCKET_BYTES = 25 * 2**20
 """What is exchanged at once, as in DistributedDataParallel."""
 
 
-def exchange_factors(
-    model: nn.Module, process_group: "dist.ProcessGroup | None" = None
-) -> None:
+def exchange_factors(model: nn.Module, process_group: "dist.ProcessGroup | None" = None) -> None:
     """Exchange sketched gradients under DistributedDataParallel; call it before that is made.
 
     From then on DistributedDataParallel leaves weights of two and more dimensions alone, but those
@@ -302,9 +300,7 @@ class Exchange:
         flat.div_(len(self.ranks))
         backward.works.append(self._all_reduce(flat))
         *averaged, shares_of_all = flat.split([*(t.numel() for t in tensors), len(bucket)])
-        for slot, found, tensor, share in zip(
-            bucket, taken, averaged, shares_of_all, strict=True
-        ):
+        for slot, found, tensor, share in zip(bucket, taken, averaged, shares_of_all, strict=True):
             tensor = tensor.view(self._forms[slot].shape)
             if found is None:
                 backward.absent.append((slot, tensor, share))
@@ -409,7 +405,9 @@ class Exchange:
 
     def check_weights(self) -> None:
         """Raise where ranks have weights of other names, shapes or dtypes."""
-        mine = {n: (tuple(w.shape), w.dtype) for n, r in self._weights.items() if (w := r()) is not None}
+        mine = {
+            n: (tuple(w.shape), w.dtype) for n, r in self._weights.items() if (w := r()) is not None
+        }
         for rank, others in zip(self.ranks, self.gather(mine), strict=True):
             if others != mine:
                 theirs = cast(dict[str, Any], others)

@@ -126,9 +126,7 @@ class GraphInputs:
         for index, record in records.items():
             record.watch, record.is_factor = self._watch, False
             record.side = self._sides.get(index)
-            record.settings = (
-                f"update_interval={self._interval}, follow={self._follow}"
-            )
+            record.settings = f"update_interval={self._interval}, follow={self._follow}"
         factor_records = [records[role.index] for role in self._factors]
         for record, basis in zip(factor_records, factor_bases, strict=True):
             record.basis, record.is_factor = basis, True

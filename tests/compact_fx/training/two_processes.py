@@ -1,6 +1,6 @@
 """One of two processes that run the same scenarios; `test_exchange.py` starts both and judges.
 
-python two_processes.py RANK FOLDER
+python two_processes.py RANK FOLDER SCENARIO...
 """
 
 import contextlib
@@ -116,6 +116,11 @@ def loss_of(step: Callable[..., Tensor], number: int, rank: int | None = RANK) -
     return (output - y.repeat(1, output.shape[1] // y.shape[1])).pow(2).mean()
 
 
+def loss_of_two(step: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """Of two forward passes, with and without a dimension more."""
+    return (step(x) - y).pow(2).mean() + (step(x[None]) - y).pow(2).sum()
+
+
 def train(model: nn.Module, step: Callable[..., Tensor], steps: int, halves: bool = False) -> Any:
     """Losses of each step; with halves one process accumulates over what two would see."""
     optimizer = CompactAdamW(model.parameters(), lr=1e-2)
@@ -124,7 +129,7 @@ def train(model: nn.Module, step: Callable[..., Tensor], steps: int, halves: boo
         optimizer.zero_grad()
         parts = [loss_of(step, number, rank) for rank in (0, 1)] if halves else None
         if parts is None:
-            parts = [loss_of(step, number)] if dist.is_initialized() else [loss_of(step, number, None)]
+            parts = [loss_of(step, number, RANK if dist.is_initialized() else None)]
         loss = sum(parts) / len(parts)
         loss.backward()
         optimizer.step()
@@ -133,7 +138,11 @@ def train(model: nn.Module, step: Callable[..., Tensor], steps: int, halves: boo
 
 
 def wrapped(
-    settings: dict[str, Any], how: str = "outside", make: Callable[[], nn.Module] = Net, **ddp: Any
+    settings: dict[str, Any],
+    how: str = "outside",
+    make: Callable[[], nn.Module] = Net,
+    registered: bool | None = None,
+    **ddp: Any,
 ) -> tuple[nn.Module, Callable[..., Tensor]]:
     """A model and what is called: compiled around, inside of, or within blocks of a DDP."""
     torch._dynamo.reset()
@@ -142,7 +151,7 @@ def wrapped(
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(1)  # the first rank's values have to come here
-    if settings.get("gradients") != "dense":
+    if settings.get("gradients") != "dense" or registered:
         exchange_factors(model)
     if how == "outside":
         return model, torch.compile(DistributedDataParallel(model, **ddp), backend=backend)
@@ -162,8 +171,11 @@ def values(model: nn.Module) -> dict[str, Tensor]:
 def gradients(model: nn.Module) -> dict[str, Tensor | None]:
     """Dense ones."""
     return {
-        name: None if (grad := weight.grad) is None
-        else grad.to_dense() if isinstance(grad, SketchedGrad) else grad.clone()
+        name: None
+        if (grad := weight.grad) is None
+        else grad.to_dense()
+        if isinstance(grad, SketchedGrad)
+        else grad.clone()
         for name, weight in model.named_parameters()
     }
 
@@ -188,31 +200,35 @@ def counted() -> Iterator[list[int]]:
 # --- alone ----------------------------------------------------------------------------------------
 
 
-def one_process() -> dict[str, Any]:
-    """What two processes have to equal."""
-    found: dict[str, Any] = {}
-    for name, settings, steps, halves in (
-        ("full", FULL, 5, False),
-        ("quarter", QUARTER, 50, True),
-    ):
-        torch._dynamo.reset()
-        model = Net()
-        step = torch.compile(model, backend=compact(**settings))
-        found[name] = train(model, step, steps, halves), values(model)
+def alone(settings: dict[str, Any], steps: int, halves: bool = False) -> Any:
+    """What two processes have to equal: losses and weights."""
+    torch._dynamo.reset()
     model = Net()
-    for number in (0, 1, 2):
+    step = torch.compile(model, backend=compact(**settings))
+    return train(model, step, steps, halves), values(model)
+
+
+def eager(*numbers: int, make: Callable[[], nn.Module] = Net) -> Any:
+    """Gradients of these batches."""
+    model = make()
+    for number in numbers:
         loss_of(model, number, None).backward()
-    found["three passes"] = gradients(model)
-    model = Tied()
-    loss_of(model, 0, None).backward()
-    found["tied"] = gradients(model)
+    return gradients(model)
+
+
+def eager_heads() -> Any:
+    """Gradients where the second half of the batch leaves out the head."""
     model = Heads()
-    found["unused"] = {}
     x, y = batch(0, None)
-    outputs = torch.cat([model(x[:8], True), model(x[8:], False)])
-    (outputs - y).pow(2).mean().backward()
-    found["unused"] = gradients(model)
-    return found
+    (torch.cat([model(x[:8]), model(x[8:], False)]) - y).pow(2).mean().backward()
+    return gradients(model)
+
+
+def eager_two_graphs() -> Any:
+    """Gradients of `two_graphs`."""
+    model = Net()
+    sum(loss_of_two(model, *batch(0, rank)) / 2 for rank in (0, 1)).backward()
+    return gradients(model)
 
 
 # --- together -------------------------------------------------------------------------------------
@@ -229,7 +245,13 @@ def quarter() -> Any:
     at_50 = values(model)
     train(model, step, 50)
     record = known_record(model.middle.weight)
-    return losses, at_50, values(model), record.basis.version.generation, record.basis.version.matrix
+    return (
+        losses,
+        at_50,
+        values(model),
+        record.basis.version.generation,
+        record.basis.version.matrix,
+    )
 
 
 def three_passes(settings: dict[str, Any], how: str = "outside", **ddp: Any) -> Any:
@@ -294,15 +316,16 @@ def tied() -> Any:
 
 def checkpointed() -> Any:
     model, step = wrapped(FULL, "blocks", Checkpointed)
-    return train(model, step, 3), values(model)
+    loss_of(step, 0).backward()
+    return gradients(model)
 
 
-def a_graph_twice() -> Any:
+def two_graphs() -> Any:
     """Two graphs with the same weights before one backward pass: two arrivals of each weight."""
     model, step = wrapped(FULL)
-    x, y = batch(0)
-    loss = (step(x) - y).pow(2).mean() + (torch.compile(step)(x[:4]) - y[:4]).pow(2).mean()
-    loss.backward()
+    for _ in range(2):
+        model.zero_grad()
+        loss_of_two(step, *batch(0)).backward()
     return gradients(model)
 
 
@@ -357,9 +380,9 @@ def dense(**ddp: Any) -> Any:
         return three_passes(DENSE, **ddp)[0]
 
 
-def unused(settings: dict[str, Any]) -> Any:
+def unused(settings: dict[str, Any], registered: bool | None = None) -> Any:
     """A head that the second rank leaves out."""
-    model, step = wrapped(settings, make=Heads, find_unused_parameters=True)
+    model, step = wrapped(settings, make=Heads, registered=registered, find_unused_parameters=True)
     x, y = batch(0)
     for _ in range(2):
         model.zero_grad()
@@ -425,7 +448,7 @@ def nothing_left() -> None:
     exchange_factors(nn.Linear(8, 8, bias=False))
 
 
-def twice() -> None:
+def called_twice() -> None:
     model = Net()
     exchange_factors(model)
     exchange_factors(model)
@@ -440,6 +463,15 @@ def a_new_layer_on_one_rank() -> None:
     step(x, False).sum().backward()
 
 
+ALONE: dict[str, Callable[[], Any]] = {
+    "alone: full": lambda: alone(FULL, 5),
+    "alone: quarter": lambda: alone(QUARTER, 50, halves=True),
+    "alone: three passes": lambda: eager(0, 1, 2),
+    "alone: tied": lambda: eager(0, make=Tied),
+    "alone: checkpointed": lambda: eager(0, make=Checkpointed),
+    "alone: heads": eager_heads,
+    "alone: two graphs": eager_two_graphs,
+}
 FAULTS = {
     "unregistered": unregistered,
     "other rank": lambda: other_settings(rank=0.5),
@@ -453,11 +485,11 @@ FAULTS = {
     "too late": too_late,
     "other names": other_names,
     "nothing left": nothing_left,
-    "twice": twice,
+    "called twice": called_twice,
     "a new layer on one rank": a_new_layer_on_one_rank,
     "sketched and unused on one rank": lambda: unused(FULL),
 }
-SCENARIOS: dict[str, Callable[[], Any]] = {
+TOGETHER: dict[str, Callable[[], Any]] = FAULTS | {
     "full, outside": lambda: full("outside"),
     "full, inside": lambda: full("inside"),
     "quarter": quarter,
@@ -465,7 +497,7 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "three passes, blocks": lambda: three_passes(FULL, "blocks"),
     "three passes, synced": synced_passes,
     "an eager pass": an_eager_pass,
-    "a graph twice": a_graph_twice,
+    "two graphs": two_graphs,
     "traffic, sketched": lambda: traffic(QUARTER),
     "traffic, dense": lambda: traffic(QUARTER | {"gradients": "dense", "projection": "gaussian"}),
     "overlap, outside": lambda: overlap("outside"),
@@ -479,25 +511,32 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "dense, static_graph": lambda: dense(static_graph=True),
     "dense, gradient_as_bucket_view": lambda: dense(gradient_as_bucket_view=True),
     "dense, find_unused_parameters": lambda: unused(DENSE),
+    "dense gradients, exchanged here": lambda: unused(DENSE, registered=True),
 }
+
+
+def outcome(scenario: Callable[[], Any]) -> Any:
+    """What it returns, or the text of what it raises."""
+    try:
+        return scenario()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    folder = Path(sys.argv[2])
-    results: dict[str, Any] = {"one process": one_process() if RANK == 0 else None}
+    folder, names = Path(sys.argv[2]), sys.argv[3:]
+    results: dict[str, Any] = {name: ALONE[name]() for name in names if name in ALONE and not RANK}
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder / 'store'}", rank=RANK, world_size=2,
+        "gloo",
+        init_method=f"file://{folder / 'store'}",
+        rank=RANK,
+        world_size=2,
         timeout=timedelta(seconds=60),
     )
-    for name, scenario in SCENARIOS.items():
-        results[name] = scenario()
-    for name, fault in FAULTS.items():
-        try:
-            fault()
-            results[name] = "nothing was raised"
-        except Exception as error:
-            results[name] = f"{type(error).__name__}: {error}"
+    for name in names:
+        if name in TOGETHER:
+            results[name] = outcome(TOGETHER[name])
     torch.save(results, folder / f"{RANK}.pt")
     dist.destroy_process_group()
 
