@@ -228,7 +228,7 @@ def after_backward(function: Callable[[], None]) -> None:
 
 def active_ddp() -> DistributedDataParallel | None:
     """The DistributedDataParallel whose forward pass is running."""
-    return DistributedDataParallel._get_active_ddp_module()
+    return DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call,no-any-return]
 
 
 def ignore_in_ddp(model: nn.Module, weights: Iterable[torch.Tensor]) -> None:

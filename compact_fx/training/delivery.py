@@ -67,7 +67,6 @@ def _deliver(leaf: Tensor, weight: Tensor | None, basis: Basis) -> None:
         )
     refuse_hooks([weight])
     accumulate(weight, SketchedGrad(factor, basis))
-    if record.exchange is not None:
-        record.exchange.arrive(weight, record)
+    record.exchange_gradient(weight)
     if record.listener is not None:
         record.listener(weight)

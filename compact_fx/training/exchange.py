@@ -1,125 +1,20 @@
-"""Several processes: gradients of sketched weights are averaged over ranks while backward runs."""
+"""What several processes average, in buckets and while a backward pass runs."""
 
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from compact_fx import _torch
 from compact_fx.training.gradients import SketchedGrad, accumulate
-from compact_fx.training.weights import WeightRecord, record_of
 
 BUCKET_BYTES = 25 * 2**20
 """What is exchanged at once, as in DistributedDataParallel."""
-
-
-def exchange_factors(model: nn.Module, process_group: "dist.ProcessGroup | None" = None) -> None:
-    """Exchange sketched gradients under DistributedDataParallel; call it before that is made.
-
-    From then on DistributedDataParallel leaves weights of two and more dimensions alone, but those
-    of embeddings. They get the first rank's values here, and their gradients are averaged over
-    ranks as they arrive: as factors where sketched, dense elsewhere. Without torch.distributed
-    nothing is done.
-
-    Args:
-        model: what DistributedDataParallel is given, on all ranks.
-        process_group: what it will use; all processes by default.
-
-    Raises:
-        ValueError: ranks have other weights, or DistributedDataParallel would have none left.
-    """
-    if not _is_initialized():
-        return
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError(
-            "exchange_factors(model) comes before DistributedDataParallel(model): it decides then "
-            "whose gradients it exchanges"
-        )
-    model = _torch.uncompiled(model)
-    weights, others = _weights_of(model)
-    if any(record_of(weight).exchange is not None for weight in weights.values()):
-        raise ValueError("exchange_factors was called for a weight of this model before")
-    if not others:
-        raise ValueError(
-            "DistributedDataParallel needs a parameter that requires a gradient besides those whose "
-            'factors are exchanged, such as a bias or a norm: use gradients="dense" without '
-            "exchange_factors, or leave one more parameter unfrozen"
-        )
-    exchange = Exchange(weights, process_group)
-    exchange.check_weights()
-    _torch.ignore_in_ddp(model, weights.values())
-    exchange.send_weights()
-    for name, weight in weights.items():
-        record = record_of(weight)
-        record.exchange, record.name = exchange, name
-        weight.register_post_accumulate_grad_hook(_on_dense)  # type: ignore[no-untyped-call]
-
-
-def _weights_of(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights to exchange by name, and the names of other parameters with a gradient."""
-    own = {
-        weight
-        for module in model.modules()
-        if not isinstance(module, nn.Embedding | nn.EmbeddingBag)
-        for weight in module.parameters(recurse=False)
-        if weight.dim() > 1
-    }
-    named = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    weights = {name: weight for name, weight in named.items() if weight in own}
-    return cast(dict[str, Tensor], weights), [name for name in named if name not in weights]
-
-
-def _is_initialized() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def before_forward(records: Sequence[WeightRecord], *, is_shared: bool) -> None:
-    """Before a graph runs with these weights: whether their gradients will be exchanged.
-
-    is_shared: whether ranks have to exchange more than dense gradients.
-
-    Raises:
-        ValueError: there are several processes, and something that they would have to exchange
-            would not be.
-    """
-    if not _is_initialized():
-        return
-    ddp = _torch.active_ddp()
-    if ddp is None and dist.get_world_size() == 1:
-        return
-    for record in records:
-        if record.listener is not None:
-            raise ValueError(
-                "step_in_backward=True steps before gradients are averaged over processes: set it "
-                "to False"
-            )
-        if is_shared and record.exchange is None:
-            raise ValueError(
-                "with torch.distributed sketched gradients and tracked projections need "
-                "compact_fx.exchange_factors(model), after init_process_group and before "
-                "DistributedDataParallel(model); or use gradients='dense' with another projection, "
-                "as with sharded weights (FSDP)"
-            )
-    for exchange in {record.exchange for record in records if record.exchange is not None}:
-        exchange.begin_forward(ddp)
-    for record in records:
-        record.is_local = ddp is not None and not ddp.require_backward_grad_sync
-
-
-def _on_dense(weight: Tensor) -> None:
-    """A gradient of the weight itself; autograd also calls this where it gives none."""
-    gradient, record = weight.grad, record_of(weight)
-    is_factor = isinstance(gradient, SketchedGrad) and gradient.factor is not None
-    if gradient is not None and not is_factor and record.exchange is not None:
-        record.exchange.arrive(weight, record)
-
-
-_on_dense.is_compact = True  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -182,12 +77,14 @@ class _Backward:
     """One backward pass.
 
     Attributes:
+        is_local: whether it exchanges nothing.
         arrived: what has, and is not under way yet.
         launched: how many of the buckets are under way.
         absent: slot, its mean, and the share of ranks that had something for it, where this one
             had nothing.
     """
 
+    is_local: bool
     arrived: dict[_Slot, tuple[_Arrival, Tensor]] = field(default_factory=dict)
     forms: dict[_Slot, _Form] = field(default_factory=dict)
     arrivals: list[_Arrival] = field(default_factory=list)
@@ -203,24 +100,37 @@ class Exchange:
     soon as all of it, and the bucket before it, is there; the end of a backward pass sends the
     others, with zeros for what has not come. So ranks always exchange the same, whatever order
     gradients come in. A slot that is new to all ranks is agreed on at the end of its first pass.
+
+    Args:
+        weights: by name.
+        group: of the ranks; None for all.
+        steps: a number that is the same on all ranks if the weights' steps are.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], group: "dist.ProcessGroup | None") -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        group: "dist.ProcessGroup | None",
+        steps: Callable[[], int],
+    ) -> None:
         self.ranks = dist.get_process_group_ranks(group)
         # DistributedDataParallel's own messages come in between in an order of their own.
         self._group = dist.new_group(self.ranks, use_local_synchronization=True)
         self._weights = {name: weakref.ref(weight) for name, weight in weights.items()}
+        self._steps = steps
         self._forms: dict[_Slot, _Form] = {}
         self._buckets: list[list[_Slot]] = []
         self._backwards: dict[int, _Backward] = {}  # by autograd's number of the pass
+        self._is_local = False
         self._note: _Note | None = None
         self._wraps: weakref.ref[Any] | None = None
 
     # --- before and while backward runs ----------------------------------------------------------
 
     def begin_forward(self, ddp: Any) -> None:
-        """No backward pass is running: one that is left has failed."""
-        self._backwards.clear()
+        """The last forward pass before a backward pass decides whether that exchanges anything."""
+        self._backwards.clear()  # none is running: one that is left has failed
+        self._is_local = ddp is not None and not ddp.require_backward_grad_sync
         if ddp is not None and (self._wraps is None or self._wraps() is not ddp):
             self._check_ddp(ddp)
             self._wraps = weakref.ref(ddp)
@@ -245,26 +155,27 @@ class Exchange:
             )
 
     @torch.no_grad()
-    def arrive(self, weight: Tensor, record: WeightRecord) -> None:
+    def arrive(self, weight: Tensor, name: str, settings: str) -> None:
         """A gradient has arrived in `weight.grad`: all that is there is averaged, and comes back.
 
-        After a pass under `no_sync()` it stays, and goes with the next one.
+        After a forward pass under `no_sync()` it stays, and goes with that of the next pass.
+
+        settings: of the weight's projection beyond its basis.
         """
-        is_local, record.is_local = record.is_local, False
-        if is_local or weight.grad is None:
+        backward = self._backward()
+        if backward.is_local or weight.grad is None:
             return
         arrival, weight.grad = _Arrival(weight, weight.grad), None
-        backward = self._backward()
         backward.arrivals.append(arrival)
         for part, tensor in arrival.parts().items():
             nth = 0
-            while (slot := _Slot(record.name, part, nth)) in backward.forms:
+            while (slot := _Slot(name, part, nth)) in backward.forms:
                 nth += 1
-            settings = ""
+            form = _Form(tuple(tensor.shape), tensor.dtype, "")
             if isinstance(arrival.gradient, SketchedGrad):
                 basis = arrival.gradient.basis
-                settings = f"{basis.projection}, seed={basis.seed}, {record.settings}"
-            backward.forms[slot] = _Form(tuple(tensor.shape), tensor.dtype, settings)
+                form = replace(form, settings=f"{basis.projection}, seed={basis.seed}, {settings}")
+            backward.forms[slot] = form
             backward.arrived[slot] = (arrival, tensor)
         while backward.launched < len(self._buckets) and all(
             slot in backward.arrived for slot in self._buckets[backward.launched]
@@ -275,10 +186,11 @@ class Exchange:
         """The pass that is running."""
         number = _torch.backward_pass()
         if number not in self._backwards:
-            if self._note is not None:
+            if self._note is not None and not self._is_local:
                 self._note.check()
                 self._note = None
-            self._backwards[number] = _Backward()
+            # A pass whose forward ran without any of our graphs says nothing, and exchanges.
+            self._backwards[number], self._is_local = _Backward(self._is_local), False
             _torch.after_backward(functools.partial(self._finish, number))
         return self._backwards[number]
 
@@ -299,7 +211,7 @@ class Exchange:
         flat = torch.cat([tensor.reshape(-1) for tensor in (*tensors, *shares)])
         flat.div_(len(self.ranks))
         backward.works.append(self._all_reduce(flat))
-        *averaged, shares_of_all = flat.split([*(t.numel() for t in tensors), len(bucket)])
+        *averaged, shares_of_all = torch.split(flat, [*(t.numel() for t in tensors), len(bucket)])
         for slot, found, tensor, share in zip(bucket, taken, averaged, shares_of_all, strict=True):
             tensor = tensor.view(self._forms[slot].shape)
             if found is None:
@@ -322,11 +234,11 @@ class Exchange:
     @torch.no_grad()
     def _finish(self, number: int) -> None:
         backward = self._backwards.pop(number, None)
-        if backward is None:
+        if backward is None or backward.is_local:
             return
         while backward.launched < len(self._buckets):
             self._launch(backward)
-        self._note = _Note(self._group, len(self.ranks), list(backward.arrived), self._records())
+        self._note = _Note(self._group, len(self.ranks), list(backward.arrived), self._steps())
         if backward.arrived:
             self._note.check()
             self._note = None
@@ -358,7 +270,7 @@ class Exchange:
         known: dict[str, tuple[int, dict[_Slot, _Form]]] = {}
         for rank, of_rank in zip(self.ranks, self.gather(dict(new)), strict=True):
             by_weight: dict[str, dict[_Slot, _Form]] = {}
-            for slot, form in cast(dict[_Slot, _Form], of_rank).items():
+            for slot, form in of_rank.items():
                 by_weight.setdefault(slot.weight, {})[slot] = form
             for name, mine in by_weight.items():
                 first, others = known.setdefault(name, (rank, mine))
@@ -379,15 +291,11 @@ class Exchange:
             bucket.append(slot)
             open_buckets[form.dtype, device] = bucket, filled + size
 
-    def _records(self) -> list[WeightRecord]:
-        weights = (reference() for reference in self._weights.values())
-        return [record_of(weight) for weight in weights if weight is not None]
-
     # --- what ranks have alike -------------------------------------------------------------------
 
-    def gather(self, value: object) -> list[object]:
+    def gather(self, value: object) -> list[Any]:
         """What each rank gives."""
-        values: list[object] = [None] * len(self.ranks)
+        values: list[Any] = [None] * len(self.ranks)
         dist.all_gather_object(values, value, group=self._group)
         return values
 
@@ -395,7 +303,9 @@ class Exchange:
         """Each becomes its mean over ranks; one message for all, which are of one dtype."""
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).div_(len(self.ranks))
         self._all_reduce(flat).wait()
-        for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        for tensor, mean in zip(
+            tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True
+        ):
             tensor.copy_(mean.view(tensor.shape))
 
     def send(self, tensors: Iterable[Tensor]) -> None:
@@ -410,10 +320,9 @@ class Exchange:
         }
         for rank, others in zip(self.ranks, self.gather(mine), strict=True):
             if others != mine:
-                theirs = cast(dict[str, Any], others)
-                name = next(n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n))
+                name = next(n for n in {**mine, **others} if mine.get(n) != others.get(n))
                 raise ValueError(
-                    f"ranks have different models: {name} is {theirs.get(name)} on rank {rank}, "
+                    f"ranks have different models: {name} is {others.get(name)} on rank {rank}, "
                     f"{mine.get(name)} on rank {dist.get_rank()}"
                 )
 
@@ -436,7 +345,7 @@ class _Note:
 
     Args:
         new: slots of this pass that the ranks have not agreed on.
-        records: of all weights; each has seen as many steps on every rank.
+        steps: the same number on all ranks, unless they differ.
     """
 
     def __init__(
@@ -444,10 +353,9 @@ class _Note:
         group: "dist.ProcessGroup",
         ranks: int,
         new: Sequence[_Slot],
-        records: Sequence[WeightRecord],
+        steps: int,
     ) -> None:
-        self._new, self._ranks = new, ranks
-        self._steps = sum(i * record.steps for i, record in enumerate(records, 1))
+        self._new, self._ranks, self._steps = new, ranks, steps
         device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
         self._sum = torch.zeros(2, dtype=torch.int64, device=device)
         self._sum[0].fill_(bool(new))
@@ -457,7 +365,7 @@ class _Note:
         if device == "cuda":
             work.wait()  # a stream does, and no host
             self._sum = self._sum.to("cpu", non_blocking=True)
-            copied = torch.cuda.Event()
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
             self._wait = copied.synchronize
 

@@ -5,7 +5,6 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,10 +17,8 @@ from compact_fx.projections import (
     follow,
     matrix_of,
 )
+from compact_fx.training.exchange import Exchange
 from compact_fx.training.watch import Energies
-
-if TYPE_CHECKING:
-    from compact_fx.training.exchange import Exchange
 
 
 def first_version(projection: Projection, seed: int, device: torch.device) -> Version:
@@ -186,7 +183,7 @@ def change_those_due() -> None:
             _change_at_once(seen[i : i + size])
 
 
-def _average(due: "Sequence[Followed]", exchange: "Exchange") -> None:
+def _average(due: Sequence[Followed], exchange: Exchange) -> None:
     """Every rank has the mean of what all ranks have seen.
 
     Raises:

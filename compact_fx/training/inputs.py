@@ -12,7 +12,7 @@ from compact_fx import _torch
 from compact_fx.plan import FactorInput, Plan
 from compact_fx.projections import Basis, DrawnBasis, Projection
 from compact_fx.training.delivery import empty_leaf, leaf_of, refuse_hooks
-from compact_fx.training.exchange import before_forward
+from compact_fx.training.distributed import before_forward
 from compact_fx.training.followed import Followed, change_those_due
 from compact_fx.training.watch import Watch
 from compact_fx.training.weights import Group, WeightRecord, changes, record_of

@@ -3,7 +3,7 @@
 import functools
 import weakref
 from collections.abc import Callable, Iterable, MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +17,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from compact_fx import _torch
 from compact_fx.plan import Side
 from compact_fx.projections import Basis, Projection, Version
+from compact_fx.training.exchange import Exchange
 from compact_fx.training.followed import Followed, first_version
 from compact_fx.training.gradients import SketchedGrad
 from compact_fx.training.watch import Watch
-
-if TYPE_CHECKING:
-    from compact_fx.training.exchange import Exchange
 
 
 class Group:
@@ -106,7 +104,6 @@ class WeightRecord:
         listener: called with the weight when a sketched gradient has arrived.
         watch: of the backend that compiled its graph, and settings: of that as text.
         exchange: averages its gradient over processes, under this name; None elsewhere.
-        is_local: whether its last forward pass was under `no_sync()`.
     """
 
     def __init__(self) -> None:
@@ -122,9 +119,8 @@ class WeightRecord:
         self.listener: Callable[[Tensor], None] | None = None
         self.watch: Watch | None = None
         self.settings = ""
-        self.exchange: "Exchange | None" = None
+        self.exchange: Exchange | None = None
         self.name = ""
-        self.is_local = False
         self._used: tuple[weakref.ref[Tensor], int] | None = None
         self._user: weakref.ref[Optimizer] | None = None
 
@@ -145,6 +141,11 @@ class WeightRecord:
         self.in_graph = self.in_dense_graph = False
         self.is_stepped = True
         self.steps += 1
+
+    def exchange_gradient(self, weight: Tensor) -> None:
+        """Something has arrived in `weight.grad`, which other processes want to have."""
+        if self.exchange is not None:
+            self.exchange.arrive(weight, self.name, self.settings)
 
     def followed(self, basis: Basis) -> Followed | None:
         """The tracked projection that this basis is a version of."""

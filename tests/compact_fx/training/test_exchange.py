@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from compact_fx import exchange_factors
+from compact_fx import SketchedGrad, compact_backend, exchange_factors
 from compact_fx.training.exchange import Exchange, _Form, _Slot
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
@@ -59,6 +60,7 @@ FAULTS = {
 SAME_GRADIENTS = {
     "three passes": "three passes",
     "three passes, blocks": "three passes",
+    "three passes, one weight dense": "three passes",
     "three passes, synced": "three passes",
     "an eager pass": "three passes",
     "two graphs": "two graphs",
@@ -181,7 +183,7 @@ def test_full_rank_inside(many):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["three passes", "three passes, blocks"])
+@pytest.mark.parametrize("name", [name for name in SAME_GRADIENTS if "passes" in name][:3])
 def test_no_sync_sends_nothing(many, name):
     """And the next pass sends as much as one pass."""
     _, before, after = many[name][0]
@@ -233,11 +235,34 @@ def test_without_processes_nothing_is_done():
     assert not model.weight._post_accumulate_grad_hooks
 
 
+def test_one_process_under_ddp(process_group):
+    """The same script runs on one GPU: sketched gradients are not DistributedDataParallel's."""
+
+    class Model(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model, x = Model(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 16)), torch.randn(8, 32)
+    model(x).pow(2).mean().backward()
+    exact = [weight.grad.clone() for weight in model.parameters()]
+    exchange_factors(model)
+    settings = {"rank": 1.0, "projection": "orthogonal", "min_features": 8}
+    backend = compact_backend(inner="aot_eager", **settings)
+    step = torch.compile(DistributedDataParallel(model), backend=backend)
+    for _ in range(2):
+        model.zero_grad()
+        step(x).pow(2).mean().backward()
+    assert isinstance(model[0].weight.grad, SketchedGrad)
+    for weight, expected in zip(model.parameters(), exact, strict=True):
+        torch.testing.assert_close(weight.grad + 0, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_buckets(process_group, monkeypatch):
     """In the order of arrival, one dtype each, none above the limit but single weights."""
     monkeypatch.setattr("compact_fx.training.exchange.BUCKET_BYTES", 100)
     weights = {name: nn.Parameter(torch.zeros(1)) for name in "abcde"}
-    exchange = Exchange(weights, None)
+    exchange = Exchange(weights, None, lambda: 0)
     sizes = {"a": 10, "b": 50, "c": 10, "d": 10, "e": 8}
     forms = {
         _Slot(name, "factor", 0): _Form(

@@ -289,7 +289,7 @@ def traffic(settings: dict[str, Any]) -> int:
 
 
 def overlap(how: str) -> list[str]:
-    """What happens in a backward pass, with buckets of 1 KB: it is sent, or the input is reached."""
+    """In which order things happen in a backward pass with buckets of 1 KB."""
     large, exchange.BUCKET_BYTES = exchange.BUCKET_BYTES, 2**10
     _, step = wrapped(QUARTER, how, make=Wide, bucket_cap_mb=1)
     loss_of(step, 0).backward()
@@ -456,7 +456,7 @@ def called_twice() -> None:
 
 def a_new_layer_on_one_rank() -> None:
     """It goes wrong at once where it is, and one pass later elsewhere."""
-    model, step = wrapped(QUARTER, "blocks", Heads, find_unused_parameters=True)
+    _, step = wrapped(QUARTER, "blocks", Heads, find_unused_parameters=True)
     x, _ = batch(0)
     step(x, False).sum().backward()
     step(x, RANK == 0).sum().backward()
@@ -494,6 +494,7 @@ TOGETHER: dict[str, Callable[[], Any]] = FAULTS | {
     "full, inside": lambda: full("inside"),
     "quarter": quarter,
     "three passes": lambda: three_passes(FULL),
+    "three passes, one weight dense": lambda: three_passes(FULL | {"exclude": ("up.weight",)}),
     "three passes, blocks": lambda: three_passes(FULL, "blocks"),
     "three passes, synced": synced_passes,
     "an eager pass": an_eager_pass,
