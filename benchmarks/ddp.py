@@ -29,7 +29,7 @@ COLUMNS = ("ms", "ms_ratio", "peak_gb", "peak_ratio", "sent_mb", "sent_ratio")
 
 
 class Traffic:
-    """Bytes that this process hands to collectives, but for those within DistributedDataParallel."""
+    """Bytes that this process hands to collectives, without those of DistributedDataParallel."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -52,7 +52,7 @@ class Traffic:
 def wrapped(model: nn.Module, how: str, backend: Any) -> nn.Module:
     """What a training loop calls: compiled around DistributedDataParallel, or block by block."""
     if how == "blocks":
-        for layer in model.layers:
+        for layer in getattr(model, "model", model).layers:
             layer.compile(backend=backend)
         return DistributedDataParallel(model)
     return torch.compile(DistributedDataParallel(model), backend=backend)
@@ -66,6 +66,8 @@ def measure(name: str, how: str, args: argparse.Namespace, device: torch.device)
     if on_cuda:
         torch.cuda.empty_cache()
     model = build(shape_of(args), str(device))
+    if not args.vocabulary:
+        model.embed_tokens.requires_grad_(False)  # the blocks get what it would give
     variant = VARIANTS[name]
     backend: Any = variant.backend
     sketched = variant.settings.get("gradients") == "sketched"
@@ -74,7 +76,11 @@ def measure(name: str, how: str, args: argparse.Namespace, device: torch.device)
     own_bytes = sum(w.nbytes for w in model.parameters() if w.requires_grad)
     if sketched:
         exchange_factors(model)
-        own_bytes = sum(w.nbytes for w in model.parameters() if not w._post_accumulate_grad_hooks)
+        own_bytes = sum(
+            weight.nbytes
+            for weight in model.parameters()
+            if weight.requires_grad and not weight._post_accumulate_grad_hooks
+        )
     step_model = wrapped(model, how, backend)
     optimizer_class = CompactAdamW if sketched else torch.optim.AdamW
     optimizer = optimizer_class(model.parameters(), lr=1e-4, fused=True)
