@@ -168,13 +168,15 @@ class Exchange:
         arrival, weight.grad = _Arrival(weight, weight.grad), None
         backward.arrivals.append(arrival)
         for part, tensor in arrival.parts().items():
-            nth = 0
-            while (slot := _Slot(name, part, nth)) in backward.forms:
-                nth += 1
             form = _Form(tuple(tensor.shape), tensor.dtype, "")
             if isinstance(arrival.gradient, SketchedGrad):
                 basis = arrival.gradient.basis
                 form = replace(form, settings=f"{basis.projection}, seed={basis.seed}, {settings}")
+            nth = 0  # another form than was agreed on is another slot
+            while (slot := _Slot(name, part, nth)) in backward.forms or self._forms.get(
+                slot, form
+            ) != form:
+                nth += 1
             backward.forms[slot] = form
             backward.arrived[slot] = (arrival, tensor)
         while backward.launched < len(self._buckets) and all(

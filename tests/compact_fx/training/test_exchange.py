@@ -55,6 +55,7 @@ FAULTS = {
     "other names": "DistributedDataParallel exchanges up.weight as well",
     "nothing left": "needs a parameter that requires a gradient besides",
     "called twice": "was called for a weight of this model before",
+    "another seed later": "gradients came on 1 of 2 ranks that came on none before",
     "a new layer on one rank": "gradients came on 1 of 2 ranks that came on none before",
 }
 SAME_GRADIENTS = {

@@ -454,6 +454,16 @@ def called_twice() -> None:
     exchange_factors(model)
 
 
+def another_seed_later() -> None:
+    """One rank compiles anew after all have agreed: factors of two projections must not mix."""
+    _, step = wrapped(FULL)
+    one_step(step)
+    torch._dynamo.reset()
+    step = torch.compile(step._orig_mod, backend=compact(**FULL, seed=RANK))
+    for _ in range(2):
+        one_step(step)
+
+
 def a_new_layer_on_one_rank() -> None:
     """It goes wrong at once where it is, and one pass later elsewhere."""
     _, step = wrapped(QUARTER, "blocks", Heads, find_unused_parameters=True)
@@ -486,6 +496,7 @@ FAULTS = {
     "other names": other_names,
     "nothing left": nothing_left,
     "called twice": called_twice,
+    "another seed later": another_seed_later,
     "a new layer on one rank": a_new_layer_on_one_rank,
     "sketched and unused on one rank": lambda: unused(FULL),
 }
