@@ -172,11 +172,10 @@ class Exchange:
             if isinstance(arrival.gradient, SketchedGrad):
                 basis = arrival.gradient.basis
                 form = replace(form, settings=f"{basis.projection}, seed={basis.seed}, {settings}")
-            nth = 0  # another form than was agreed on is another slot
-            while (slot := _Slot(name, part, nth)) in backward.forms or self._forms.get(
-                slot, form
-            ) != form:
-                nth += 1
+            slot = _Slot(name, part, 0)
+            # One that has arrived before, or of another form than was agreed on, is another slot.
+            while slot in backward.forms or self._forms.get(slot, form) != form:
+                slot = replace(slot, nth=slot.nth + 1)
             backward.forms[slot] = form
             backward.arrived[slot] = (arrival, tensor)
         while backward.launched < len(self._buckets) and all(
