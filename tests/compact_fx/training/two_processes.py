@@ -456,11 +456,12 @@ def called_twice() -> None:
 
 def another_seed_later() -> None:
     """One rank compiles anew after all have agreed: factors of two projections must not mix."""
-    _, step = wrapped(FULL)
+    model, step = wrapped(FULL)
     one_step(step)
     torch._dynamo.reset()
     step = torch.compile(step._orig_mod, backend=compact(**FULL, seed=RANK))
     for _ in range(2):
+        model.zero_grad()
         one_step(step)
 
 
