@@ -11,6 +11,7 @@ from compact_fx.reading.explanation import Explanation, explain
 from compact_fx.reading.graphs import CompactedGraphs
 from compact_fx.reading.memory import Breakdown
 from compact_fx.reading.report import CompactionReport
+from compact_fx.training.distributed import exchange_factors
 from compact_fx.training.gradients import SketchedGrad
 from compact_fx.training.optimizers import CompactAdamW, compact_optimizer
 from compact_fx.training.weights import count_step, set_steps
@@ -33,6 +34,7 @@ __all__ = [
     "compact_backend",
     "compact_optimizer",
     "count_step",
+    "exchange_factors",
     "explain",
     "plots",
     "random_projection",

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch._functorch.config as functorch_config
-from torch import fx
+from torch import fx, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.pgo import get_code_state
@@ -39,6 +39,7 @@ from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import _BoxedCodeGen
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._dtype_abbrs import dtype_abbrs
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -217,6 +218,53 @@ def sharded_parameter_of(weight: torch.Tensor) -> torch.Tensor | None:
             if getattr(parameter, "_unsharded_param", None) is weight:
                 return parameter.sharded_param  # type: ignore[no-any-return]
     return None
+
+
+# ---------------------------------------------------------------------------------------------
+# Several processes
+# ---------------------------------------------------------------------------------------------
+
+
+def backward_pass() -> int:
+    """A number for the backward pass that is running in this thread."""
+    return int(torch._C._current_graph_task_id())
+
+
+def after_backward(function: Callable[[], None]) -> None:
+    """Call this, on the stream that asked for it, when the backward pass that is running ends."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)  # type: ignore[attr-defined]
+
+
+def active_ddp() -> DistributedDataParallel | None:
+    """The DistributedDataParallel whose forward pass is running."""
+    return DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call,no-any-return]
+
+
+def ignore_in_ddp(model: nn.Module, weights: Iterable[torch.Tensor]) -> None:
+    """A DistributedDataParallel that will be made of the model leaves these weights alone.
+
+    Not by `_set_params_and_buffers_to_ignore_for_model`, which marks the weights too: Dynamo's
+    DDPOptimizer would then cut no graphs at them.
+    """
+    own = set(map(id, weights))
+    names = {n for n, w in model.named_parameters(remove_duplicate=False) if id(w) in own}
+    # DistributedDataParallel asks for ".weight" too, and a compiled module has names of its own.
+    names |= {f".{name}" for name in names} | {f"_orig_mod.{name}" for name in names}
+    known = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    model._ddp_params_and_buffers_to_ignore = [*known, *sorted(names)]  # type: ignore[assignment]
+
+
+def parameters_of_ddp(ddp: DistributedDataParallel) -> list[torch.Tensor]:
+    """Whose gradients it exchanges."""
+    return list(ddp._module_parameters)
+
+
+def joins(ddp: DistributedDataParallel) -> bool:
+    """Whether it runs under `join()`."""
+    return bool(ddp._join_config.enable)
+
+
+# ---------------------------------------------------------------------------------------------
 
 
 def is_traced() -> bool:

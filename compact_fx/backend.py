@@ -19,7 +19,6 @@ from compact_fx.passes.list_sites import CHOSEN
 from compact_fx.plan import Plan
 from compact_fx.reading.graphs import CompactedGraphs, named
 from compact_fx.reading.report import CompactionReport
-from compact_fx.training.delivery import refuse_distributed
 from compact_fx.training.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -78,8 +77,6 @@ class CompactBackend:
             inductor = _torch.inductor_options(mode, self.config.options)
         else:
             inductor = self._options
-        if self.config.gradients == "sketched" and torch.is_grad_enabled():
-            refuse_distributed()
         compiler = GraphCompiler(self.config, inductor, module, example_inputs)
         graphs: list[CompactedGraphs] = []  # of the last plan
 

@@ -2,6 +2,7 @@
 
     python examples/pretrain_llama.py
     python examples/pretrain_llama.py --config 130m --rank 0.125 --batch 32 --seq 256
+    torchrun --nproc-per-node 2 examples/pretrain_llama.py --parallel ddp
 
 The model is the one in transformers, unmodified. The optimizer is torch.optim.AdamW, with the same
 settings in CompactAdamW where gradients are sketched. Every backend starts from the same weights
@@ -13,6 +14,7 @@ import argparse
 import gc
 import json
 import math
+import os
 import statistics
 import time
 import warnings
@@ -23,16 +25,24 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from matplotlib.figure import Figure
 from tabulate import tabulate
 from text import VOCABULARY, batches, load_text
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from compact_fx import CompactAdamW, CompactBackend, CompactConfig, compact_backend
+from compact_fx import (
+    CompactAdamW,
+    CompactBackend,
+    CompactConfig,
+    compact_backend,
+    exchange_factors,
+)
 from compact_fx.projections import KINDS
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -127,6 +137,7 @@ def make_parser() -> Parser:
     add("--lr", type=positive, default=1e-3, help="peak learning rate")
     add("--seed", type=at_least(0), default=0, help="of weights, batches and projections")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="such as cuda:1")
+    add("--parallel", choices=("ddp",), help="under torchrun: each process has a part of the batch")
     add("--dtype", choices=DTYPES, help="bf16 is autocast (default: bf16 on CUDA, else float32)")
     add("--out", type=Path, default=Path("out"), help="folder for the figure and the JSON file")
     add("--report", action="store_true", help="print compact's whole report, not its first line")
@@ -207,13 +218,27 @@ def bytes_saved_for_backward(model: nn.Module, forward: Callable[[], Tensor]) ->
     return sum(size for address, size in kept.items() if address not in own)
 
 
+def mean_over_processes(loss: Tensor) -> float:
+    """Of a loss that each has for its part of the batch."""
+    if dist.is_initialized():
+        loss = loss.clone()
+        dist.all_reduce(loss)
+        loss /= dist.get_world_size()
+    return loss.item()
+
+
 def train(name: str, config: LlamaConfig, text: tuple[Tensor, Tensor], args: Any) -> Result:
     """Train one model from scratch with one backend."""
     autocast, device = DTYPES[args.dtype], args.device
     model = make_model(config, args.seed, device)
     backend = compact_backend(**args.settings) if name == "compact" else name
-    compiled = model if name == "eager" else torch.compile(model, backend=backend)
     sketched = name == "compact" and args.gradients == "sketched"
+    called: nn.Module = model
+    if args.parallel:
+        if sketched:
+            exchange_factors(model)
+        called = DistributedDataParallel(model)
+    compiled = called if name == "eager" else torch.compile(called, backend=backend)
     adamw = CompactAdamW if sketched else torch.optim.AdamW
     optimizer = adamw(model.parameters(), lr=args.lr)
     schedule = make_schedule(optimizer, args.steps)
@@ -221,16 +246,19 @@ def train(name: str, config: LlamaConfig, text: tuple[Tensor, Tensor], args: Any
     held_out = [tokens.to(device) for tokens in islice(validation, VALIDATION_BATCHES)]
 
     result = Result(name, validation=[(0, validate(model, held_out, autocast))])
-    progress = tqdm(islice(training, args.steps), f"{name:8}", args.steps, unit="step")
+    progress = tqdm(
+        islice(training, args.steps), f"{name:8}", args.steps, unit="step", disable=args.process > 0
+    )
     for step, tokens in enumerate(progress, start=1):
         start = time.perf_counter()
-        loss = loss_of(compiled, tokens.to(device), autocast)
+        own = tokens[args.process :: args.processes].to(device)
+        loss = loss_of(compiled, own, autocast)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        result.losses.append(loss.item())  # waits for the device
+        result.losses.append(mean_over_processes(loss.detach()))  # waits for the device
         result.seconds.append(time.perf_counter() - start)
         speed = tokens.numel() / result.seconds[-1]
         progress.set_postfix_str(f"loss {result.losses[-1]:.3f}, {speed:,.0f} tokens/s")
@@ -240,8 +268,7 @@ def train(name: str, config: LlamaConfig, text: tuple[Tensor, Tensor], args: Any
             result.validation.append((step, validate(model, held_out, autocast)))
     if device.type == "cuda":
         result.peak_bytes = torch.cuda.max_memory_allocated(device)
-    last = tokens.to(device)
-    result.saved_bytes = bytes_saved_for_backward(model, lambda: loss_of(compiled, last, autocast))
+    result.saved_bytes = bytes_saved_for_backward(model, lambda: loss_of(compiled, own, autocast))
     if isinstance(backend, CompactBackend):
         result.report = str(backend.report())
     return result
@@ -328,6 +355,24 @@ def write_json(results: list[Result], args: argparse.Namespace, file: Path) -> N
     file.write_text(json.dumps(content, indent=1, default=str) + "\n")
 
 
+def start_processes(args: argparse.Namespace) -> tuple[int, int]:
+    """This process and how many there are; with CUDA each has a device."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if not args.parallel:
+        if processes > 1:
+            raise ValueError("several processes: say how they share the work (--parallel ddp)")
+        return 0, 1
+    if "WORLD_SIZE" not in os.environ:
+        raise ValueError("--parallel ddp needs torchrun --nproc-per-node N")
+    if args.batch % processes:
+        raise ValueError(f"--batch {args.batch} is not a multiple of {processes} processes")
+    if torch.device(args.device).type == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    return dist.get_rank(), processes
+
+
 def parse_arguments() -> tuple[argparse.Namespace, LlamaConfig]:
     """The arguments, checked as far as they can be before anything runs."""
     parser = make_parser()
@@ -342,6 +387,7 @@ def parse_arguments() -> tuple[argparse.Namespace, LlamaConfig]:
     try:
         config = load_config(args.config, args.seq)
         compact_backend(**args.settings)
+        args.process, args.processes = start_processes(args)
         args.device = torch.device(args.device)
         torch.empty(0, device=args.device)
         args.out.mkdir(parents=True, exist_ok=True)
@@ -363,6 +409,10 @@ def main() -> None:
         results.append(train(name, config, text, args))
         torch._dynamo.reset()
         gc.collect()
+    if args.parallel:
+        dist.destroy_process_group()
+    if args.process:  # the first one writes
+        return
     model = f"LLaMA {Path(args.config).stem}, {args.batch} x {args.seq} bytes a step, {args.dtype}"
     plot(results, f"{model}, {args.device.type}, rank {args.rank}", args.out / "loss.png")
     write_json(results, args, args.out / "results.json")

@@ -24,6 +24,20 @@ def test_pretrain_llama_compares_backends(tmp_path: Path):
     assert json.loads((tmp_path / "results.json").read_text())
 
 
+@pytest.mark.long
+def test_pretrain_llama_on_two_processes(tmp_path: Path):
+    """Under torchrun; the first process prints and writes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launch, str(EXAMPLES / "pretrain_llama.py"), "--parallel", "ddp", "--warm"]
+    small = ["--steps", "3", "--batch", "2", "--seq", "32", "--backend", "compact"]
+    done = subprocess.run(
+        [*command, *small, "--out", str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("validation loss") == 1
+    assert json.loads((tmp_path / "results.json").read_text())
+
+
 @pytest.mark.parametrize("config", sorted(EXAMPLES.glob("configs/llama_*.json")))
 def test_configs_are_llamas(config: Path):
     """Every configuration is one that Hugging Face's class takes."""

@@ -7,17 +7,8 @@ import torch
 from torch import Tensor
 
 from compact_fx.projections import Basis
-from compact_fx.training.gradients import ConsumedGrad, SketchedGrad
+from compact_fx.training.gradients import SketchedGrad, accumulate
 from compact_fx.training.weights import known_record
-
-
-def refuse_distributed() -> None:
-    """Raise where other processes would exchange dense gradients that are not there."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        raise ValueError(
-            'gradients="sketched" does not work with torch.distributed yet, which exchanges dense '
-            'gradients: use gradients="dense"'
-        )
 
 
 def is_own_hook(hook: object) -> bool:
@@ -75,12 +66,7 @@ def _deliver(leaf: Tensor, weight: Tensor | None, basis: Basis) -> None:
             "between: call backward before optimizer.step()"
         )
     refuse_hooks([weight])
-    gradient = SketchedGrad(factor, basis)
-    if weight.grad is None:
-        weight.grad = gradient
-    elif isinstance(weight.grad, SketchedGrad | ConsumedGrad):
-        weight.grad += gradient
-    else:  # from a graph without sketches
-        weight.grad = gradient.add_(weight.grad)
+    accumulate(weight, SketchedGrad(factor, basis))
+    record.exchange_gradient(weight)
     if record.listener is not None:
         record.listener(weight)

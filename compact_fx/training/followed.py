@@ -4,7 +4,7 @@ import functools
 import math
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from compact_fx.projections import (
     follow,
     matrix_of,
 )
+from compact_fx.training.exchange import Exchange
 from compact_fx.training.watch import Energies
 
 
@@ -35,6 +36,7 @@ class Followed:
         dtype: of its next version: the widest that a graph has asked for.
         interval: steps until it changes again (None before a graph has used it), `columns`: how
             many then follow, and `energies`: what is reported; as the graph that used it last says.
+        exchange: between the processes that have it in common.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Followed:
         self.interval: int | None = None
         self.columns = 0
         self.energies: Energies = []
+        self.exchange: Exchange | None = None
         self._room: Tensor | None = None  # where Y is: lasting tensors stay where they are
         self._leaves: dict[torch.dtype, Tensor] = {}
         _all.append(weakref.ref(self))
@@ -158,18 +161,16 @@ def _warn_of_none() -> None:
 @torch.no_grad()
 def change_those_due() -> None:
     """Every tracked projection that is due, those of one shape in one batch."""
+    everything = [(reference, followed) for reference in _all if (followed := reference())]
+    _all[:] = [reference for reference, _ in everything]
+    due = [followed for _, followed in everything if followed.is_due]
+    for exchange in dict.fromkeys(f.exchange for f in due if f.exchange is not None):
+        _average([f for f in due if f.exchange is exchange], exchange)
     alike: dict[tuple[object, ...], list[Followed]] = {}
-    alive = []
-    for reference in _all:
-        followed = reference()
-        if followed is None:
-            continue
-        alive.append(reference)
-        if followed.is_due:
-            p = followed.version.matrix
-            key = (p.shape, followed.dtype, p.device, followed.columns)
-            alike.setdefault(key, []).append(followed)
-    _all[:] = alive
+    for followed in due:
+        p = followed.version.matrix
+        key = (p.shape, followed.dtype, p.device, followed.columns, followed.exchange)
+        alike.setdefault(key, []).append(followed)
     for members in alike.values():
         seen = [m for m in members if m.gradient is not None]
         for member in members:
@@ -182,6 +183,28 @@ def change_those_due() -> None:
             _change_at_once(seen[i : i + size])
 
 
+def _average(due: Sequence[Followed], exchange: Exchange) -> None:
+    """Every rank has the mean of what all ranks have seen.
+
+    Raises:
+        RuntimeError: others are due on another rank.
+    """
+    mine = [(f.projection, f.seed, f.version.generation, f.columns) for f in due]
+    everyone = exchange.gather((mine, [f.gradient is not None for f in due]))
+    if any(theirs != mine for theirs, _ in everyone):
+        raise RuntimeError(
+            "ranks change different tracked projections: use the same settings, weights and steps "
+            "on all of them"
+        )
+    heard = [any(has) for has in zip(*(has for _, has in everyone), strict=True)]
+    seen = [f for f, any_has in zip(due, heard, strict=True) if any_has]
+    for f in seen:
+        if f.gradient is None:
+            f.receive(torch.zeros((), device=f.version.matrix.device))
+    if seen:
+        exchange.average([f.gradient for f in seen if f.gradient is not None])
+
+
 def _change_at_once(alike: "list[Followed]") -> None:
     """Those of one shape, dtype, device and number of columns."""
     device, dtype = alike[0].version.matrix.device, alike[0].dtype
@@ -192,6 +215,9 @@ def _change_at_once(alike: "list[Followed]") -> None:
             torch.stack([_explored(m) for m in alike]),
             alike[0].columns,
         )
+    exchange = alike[0].exchange
+    if exchange is not None:  # another kind of device may round in its own way
+        exchange.send([new, kept, held])
     changed = zip(alike, new.unbind(), kept.tolist(), held.tolist(), strict=True)
     for member, matrix, stays, energy in changed:
         member.change(None if stays else matrix.clone(), math.nan if stays else energy)

@@ -147,6 +147,16 @@ class SketchedGrad(_Wrapper):
             return contents.factor
         return contents.factor + contents.basis.compress(contents.rest)
 
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors that it is the sum of, by name; it is linear in each."""
+        contents = self._contents
+        named = {"factor": contents.factor, "rest": contents.rest, "dense": contents.dense}
+        return {name: part for name, part in named.items() if part is not None}
+
+    def replace(self, part: str, value: Tensor) -> None:
+        """Another tensor of the same shape for a part."""
+        setattr(self._contents, part, value)
+
     @property
     def is_isometric(self) -> bool:
         """Whether the factor is all of it, and has its norm."""
@@ -486,6 +496,18 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
         )
     },
 }
+
+
+def accumulate(weight: Tensor, gradient: Tensor) -> None:
+    """Add a gradient to `weight.grad`, as autograd does; either may be sketched."""
+    if weight.grad is None:
+        weight.grad = gradient
+    elif isinstance(gradient, SketchedGrad) and not isinstance(
+        weight.grad, SketchedGrad | ConsumedGrad
+    ):  # from a graph without sketches
+        weight.grad = gradient.add_(weight.grad)
+    else:
+        weight.grad += gradient
 
 
 class ConsumedGrad(Tensor):

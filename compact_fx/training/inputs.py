@@ -11,7 +11,8 @@ from torch import Tensor
 from compact_fx import _torch
 from compact_fx.plan import FactorInput, Plan
 from compact_fx.projections import Basis, DrawnBasis, Projection
-from compact_fx.training.delivery import empty_leaf, leaf_of, refuse_distributed, refuse_hooks
+from compact_fx.training.delivery import empty_leaf, leaf_of, refuse_hooks
+from compact_fx.training.distributed import before_forward
 from compact_fx.training.followed import Followed, change_those_due
 from compact_fx.training.watch import Watch
 from compact_fx.training.weights import Group, WeightRecord, changes, record_of
@@ -42,6 +43,7 @@ class GraphInputs:
         named = {site.projection: site.weight for site in reversed(plan.sketched)}
         self._names = [named.get(number, "") for number in range(len(plan.projections))]
         self._indices = tuple(dict.fromkeys(i for p in plan.projection_inputs for i in p.owners))
+        self._is_shared = bool(self._factors) or any(p.is_tracked for p in plan.projections)
         self._last: dict[tuple[int, ...], _Entry] = {}  # by ids of weights
 
     def examples(self, arguments: Sequence[Any]) -> list[Tensor]:
@@ -71,8 +73,9 @@ class GraphInputs:
             entry = self._entry(weights, arguments, entry)
             if not recomputes:  # a reentrant checkpoint has no other forward
                 self._last[ids] = entry
+        if not recomputes:
+            before_forward(entry.records, is_shared=self._is_shared)
         if self._factors:
-            refuse_distributed()
             refuse_hooks(arguments[role.index] for role in self._factors)
         for record in entry.records:
             record.in_graph = True
@@ -93,9 +96,10 @@ class GraphInputs:
     def _entry(
         self, weights: Sequence[Tensor], arguments: Sequence[Any], old: "_Entry | None"
     ) -> "_Entry":
-        groups = self._groups(weights) if old is None else old.groups
+        records = self._records(weights)
+        groups = self._groups(records) if old is None else old.groups
         now, device = changes(), weights[0].device
-        followed = self._followed(groups, device)
+        followed = self._followed(groups, records, device)
         if any(own.is_due for own in followed.values()):
             change_those_due()
         versions = self._versions(groups)
@@ -106,7 +110,6 @@ class GraphInputs:
             return old
         if old is None:  # a new set of weights: forget those that are gone
             self._last = {k: e for k, e in self._last.items() if e.is_alive()}
-        records = self._records(weights)
         bases: list[Basis] = []
         sources: list[Tensor] = []
         for number, (group, own) in enumerate(zip(groups, self._owners(records), strict=True)):
@@ -123,6 +126,7 @@ class GraphInputs:
         for index, record in records.items():
             record.watch, record.is_factor = self._watch, False
             record.side = self._sides.get(index)
+            record.settings = f"update_interval={self._interval}, follow={self._follow}"
         factor_records = [records[role.index] for role in self._factors]
         for record, basis in zip(factor_records, factor_bases, strict=True):
             record.basis, record.is_factor = basis, True
@@ -152,8 +156,8 @@ class GraphInputs:
         """Of each projection."""
         return [[records[i] for i in p.owners] for p in self._plan.projection_inputs]
 
-    def _groups(self, weights: Sequence[Tensor]) -> list[Group]:
-        owners = self._owners(self._records(weights))
+    def _groups(self, records: Mapping[int, WeightRecord]) -> list[Group]:
+        owners = self._owners(records)
         return [self._group(number, own) for number, own in enumerate(owners)]
 
     def _group(self, number: int, owners: Sequence[WeightRecord]) -> Group:
@@ -164,15 +168,19 @@ class GraphInputs:
             group.add(record)
         return group
 
-    def _followed(self, groups: Sequence[Group], device: torch.device) -> dict[int, Followed]:
+    def _followed(
+        self, groups: Sequence[Group], records: Mapping[int, WeightRecord], device: torch.device
+    ) -> dict[int, Followed]:
         """The tracked projections by number; they change as this graph's settings say."""
         found = {}
+        owners = self._owners(records)
         for number, (group, p) in enumerate(zip(groups, self._plan.projections, strict=True)):
             if p.is_tracked:
                 root = group.root()
                 found[number] = followed = root.follow(p.with_salt(root.salt), self._seed, device)
                 followed.take_up(p.dtype, device)
                 followed.interval = self._interval
+                followed.exchange = owners[number][0].exchange
                 follows = max(1, round(self._follow * p.rank))
                 followed.columns = follows if self._follow else 0
                 followed.energies = self._watch.energies_of(self._names[number], followed.energies)

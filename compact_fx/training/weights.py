@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from compact_fx import _torch
 from compact_fx.plan import Side
 from compact_fx.projections import Basis, Projection, Version
+from compact_fx.training.exchange import Exchange
 from compact_fx.training.followed import Followed, first_version
 from compact_fx.training.gradients import SketchedGrad
 from compact_fx.training.watch import Watch
@@ -101,7 +102,8 @@ class WeightRecord:
         in_dense_graph: whether one that makes its gradient dense, G P Pᵀ, has.
         recomputed: what a checkpoint has recomputed in, until the gradient arrives.
         listener: called with the weight when a sketched gradient has arrived.
-        watch: of the backend that compiled its graph.
+        watch: of the backend that compiled its graph, and settings: of that as text.
+        exchange: averages its gradient over processes, under this name; None elsewhere.
     """
 
     def __init__(self) -> None:
@@ -116,6 +118,9 @@ class WeightRecord:
         self.recomputed: Basis | None = None
         self.listener: Callable[[Tensor], None] | None = None
         self.watch: Watch | None = None
+        self.settings = ""
+        self.exchange: Exchange | None = None
+        self.name = ""
         self._used: tuple[weakref.ref[Tensor], int] | None = None
         self._user: weakref.ref[Optimizer] | None = None
 
@@ -136,6 +141,11 @@ class WeightRecord:
         self.in_graph = self.in_dense_graph = False
         self.is_stepped = True
         self.steps += 1
+
+    def exchange_gradient(self, weight: Tensor) -> None:
+        """Something has arrived in `weight.grad`, which other processes want to have."""
+        if self.exchange is not None:
+            self.exchange.arrive(weight, self.name, self.settings)
 
     def followed(self, basis: Basis) -> Followed | None:
         """The tracked projection that this basis is a version of."""

@@ -1,0 +1,116 @@
+"""Several processes: what DistributedDataParallel exchanges, and what is exchanged here."""
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from compact_fx import _torch
+from compact_fx.training.exchange import Exchange
+from compact_fx.training.gradients import SketchedGrad
+from compact_fx.training.weights import WeightRecord, record_of
+
+
+def exchange_factors(model: nn.Module, process_group: "dist.ProcessGroup | None" = None) -> None:
+    """Exchange sketched gradients under DistributedDataParallel; call it before that is made.
+
+    From then on DistributedDataParallel leaves weights of two and more dimensions alone, but those
+    of embeddings. They get the first rank's values here, and their gradients are averaged over
+    ranks as they arrive: as factors where sketched, dense elsewhere. Without torch.distributed
+    nothing is done.
+
+    Args:
+        model: what DistributedDataParallel is given, on all ranks.
+        process_group: what it will use; all processes by default.
+
+    Raises:
+        ValueError: ranks have other weights, or DistributedDataParallel would have none left.
+    """
+    if not _is_initialized():
+        return
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "exchange_factors(model) comes before DistributedDataParallel(model): it decides then "
+            "whose gradients it exchanges"
+        )
+    model = _torch.uncompiled(model)
+    weights, others = _weights_of(model)
+    records = [record_of(weight) for weight in weights.values()]
+    if any(record.exchange is not None for record in records):
+        raise ValueError("exchange_factors was called for a weight of this model before")
+    if not others:
+        raise ValueError(
+            "DistributedDataParallel needs a parameter that requires a gradient besides those that "
+            'exchange_factors takes, such as a bias or a norm: use gradients="dense" without '
+            "exchange_factors, or leave one more parameter unfrozen"
+        )
+    exchange = Exchange(
+        weights, process_group, lambda: sum(i * r.steps for i, r in enumerate(records, 1))
+    )
+    exchange.check_weights()
+    _torch.ignore_in_ddp(model, weights.values())
+    exchange.send_weights()
+    for (name, weight), record in zip(weights.items(), records, strict=True):
+        record.exchange, record.name = exchange, name
+        weight.register_post_accumulate_grad_hook(_on_dense)  # type: ignore[no-untyped-call]
+
+
+def _weights_of(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights to exchange by name, and the names of other parameters with a gradient."""
+    own = {
+        weight
+        for module in model.modules()
+        if not isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        for weight in module.parameters(recurse=False)
+        if weight.dim() > 1
+    }
+    named = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    weights: dict[str, Tensor] = {n: weight for n, weight in named.items() if weight in own}
+    return weights, [name for name in named if name not in weights]
+
+
+def _is_initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def before_forward(records: Sequence[WeightRecord], *, is_shared: bool) -> None:
+    """Before a graph runs with these weights: their gradients will be exchanged, or not.
+
+    is_shared: whether ranks have to exchange more than dense gradients.
+
+    Raises:
+        ValueError: there are several processes, and something that they would have to exchange
+            would not be.
+    """
+    if not _is_initialized():
+        return
+    ddp = _torch.active_ddp()
+    if ddp is None and dist.get_world_size() == 1:
+        return
+    for record in records:
+        if record.listener is not None:
+            raise ValueError(
+                "step_in_backward=True steps before gradients are averaged over processes: set it "
+                "to False"
+            )
+        if is_shared and record.exchange is None:
+            raise ValueError(
+                "with torch.distributed sketched gradients and tracked projections need "
+                "compact_fx.exchange_factors(model), after init_process_group and before "
+                "DistributedDataParallel(model); or use gradients='dense' with another projection, "
+                "as with sharded weights (FSDP)"
+            )
+    for exchange in {record.exchange for record in records if record.exchange is not None}:
+        exchange.begin_forward(ddp)
+
+
+def _on_dense(weight: Tensor) -> None:
+    """A gradient of the weight itself; autograd also calls this where it gives none."""
+    gradient = weight.grad
+    if gradient is not None and not (
+        isinstance(gradient, SketchedGrad) and gradient.factor is not None
+    ):
+        record_of(weight).exchange_gradient(weight)
+
+
+_on_dense.is_compact = True  # type: ignore[attr-defined]

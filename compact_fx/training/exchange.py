@@ -1,0 +1,388 @@
+"""What several processes average, in buckets and while a backward pass runs."""
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from compact_fx import _torch
+from compact_fx.training.gradients import SketchedGrad, accumulate
+
+BUCKET_BYTES = 25 * 2**20
+"""What is exchanged at once, as in DistributedDataParallel."""
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """One tensor that ranks average.
+
+    Attributes:
+        weight: its name.
+        part: of the gradient, see `SketchedGrad.parts`; "gradient" of one that is a plain tensor.
+        nth: a weight in several graphs has several arrivals in one backward pass.
+    """
+
+    weight: str
+    part: str
+    nth: int
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What all ranks have to have alike in a slot."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    settings: str
+
+
+def _text(forms: Mapping[_Slot, _Form]) -> str:
+    return ", ".join(
+        f"{slot.part} {form.shape} {form.dtype} {form.settings}" for slot, form in forms.items()
+    )
+
+
+@dataclass(eq=False)
+class _Arrival:
+    """A gradient that was taken from its weight to be averaged."""
+
+    weight: Tensor
+    gradient: Tensor
+
+    def parts(self) -> dict[str, Tensor]:
+        if isinstance(self.gradient, SketchedGrad):
+            return self.gradient.parts()
+        return {"gradient": self.gradient}
+
+    def replace(self, part: str, averaged: Tensor) -> None:
+        if isinstance(self.gradient, SketchedGrad):
+            self.gradient.replace(part, averaged)
+        else:
+            self.gradient = averaged
+
+    def put_back(self) -> None:
+        gradient = self.gradient
+        if not (isinstance(gradient, SketchedGrad) or self.weight.is_contiguous()):
+            gradient = torch.empty_like(self.weight).copy_(gradient)  # fused optimizers ask for it
+        accumulate(self.weight, gradient)
+
+
+@dataclass(eq=False)
+class _Backward:
+    """One backward pass.
+
+    Attributes:
+        is_local: whether it exchanges nothing.
+        arrived: what has, and is not under way yet.
+        launched: how many of the buckets are under way.
+        absent: slot, its mean, and the share of ranks that had something for it, where this one
+            had nothing.
+    """
+
+    is_local: bool
+    arrived: dict[_Slot, tuple[_Arrival, Tensor]] = field(default_factory=dict)
+    forms: dict[_Slot, _Form] = field(default_factory=dict)
+    arrivals: list[_Arrival] = field(default_factory=list)
+    launched: int = 0
+    works: list[Any] = field(default_factory=list)
+    absent: list[tuple[_Slot, Tensor, Tensor]] = field(default_factory=list)
+
+
+class Exchange:
+    """Averages what the weights of one model get, over the ranks of a group of its own.
+
+    The ranks agree once on the slots and their order, and so on buckets. A bucket is averaged as
+    soon as all of it, and the bucket before it, is there; the end of a backward pass sends the
+    others, with zeros for what has not come. So ranks always exchange the same, whatever order
+    gradients come in. A slot that is new to all ranks is agreed on at the end of its first pass.
+
+    Args:
+        weights: by name.
+        group: of the ranks; None for all.
+        steps: a number that is the same on all ranks if the weights' steps are.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        group: "dist.ProcessGroup | None",
+        steps: Callable[[], int],
+    ) -> None:
+        self.ranks = dist.get_process_group_ranks(group)
+        # DistributedDataParallel's own messages come in between in an order of their own.
+        self._group = dist.new_group(self.ranks, use_local_synchronization=True)
+        self._weights = {name: weakref.ref(weight) for name, weight in weights.items()}
+        self._steps = steps
+        self._forms: dict[_Slot, _Form] = {}
+        self._buckets: list[list[_Slot]] = []
+        self._backwards: dict[int, _Backward] = {}  # by autograd's number of the pass
+        self._is_local = False
+        self._note: _Note | None = None
+        self._wraps: weakref.ref[Any] | None = None
+
+    # --- before and while backward runs ----------------------------------------------------------
+
+    def begin_forward(self, ddp: Any) -> None:
+        """The last forward pass before a backward pass decides whether that exchanges anything."""
+        self._backwards.clear()  # none is running: one that is left has failed
+        self._is_local = ddp is not None and not ddp.require_backward_grad_sync
+        if ddp is not None and (self._wraps is None or self._wraps() is not ddp):
+            self._check_ddp(ddp)
+            self._wraps = weakref.ref(ddp)
+        if ddp is not None and _torch.joins(ddp):
+            raise ValueError(
+                "DistributedDataParallel.join() cannot be used with sketched gradients: give every "
+                "rank as many batches (drop_last=True of the sampler and the loader)"
+            )
+
+    def _check_ddp(self, ddp: Any) -> None:
+        owned = set(map(id, _torch.parameters_of_ddp(ddp)))
+        for name, reference in self._weights.items():
+            if id(reference()) in owned:
+                raise ValueError(
+                    f"DistributedDataParallel exchanges {name} as well: call exchange_factors with "
+                    "the module that it wraps, after parts of it were replaced by compiled ones"
+                )
+        if dist.get_process_group_ranks(ddp.process_group) != self.ranks:
+            raise ValueError(
+                f"DistributedDataParallel exchanges with other ranks than {self.ranks}: give "
+                "exchange_factors its process_group"
+            )
+
+    @torch.no_grad()
+    def arrive(self, weight: Tensor, name: str, settings: str) -> None:
+        """A gradient has arrived in `weight.grad`: all that is there is averaged, and comes back.
+
+        After a forward pass under `no_sync()` it stays, and goes with that of the next pass.
+
+        settings: of the weight's projection beyond its basis.
+        """
+        backward = self._backward()
+        if backward.is_local or weight.grad is None:
+            return
+        arrival, weight.grad = _Arrival(weight, weight.grad), None
+        backward.arrivals.append(arrival)
+        for part, tensor in arrival.parts().items():
+            form = _Form(tuple(tensor.shape), tensor.dtype, "")
+            if isinstance(arrival.gradient, SketchedGrad):
+                basis = arrival.gradient.basis
+                form = replace(form, settings=f"{basis.projection}, seed={basis.seed}, {settings}")
+            slot = _Slot(name, part, 0)
+            # One that has arrived before, or of another form than was agreed on, is another slot.
+            while slot in backward.forms or self._forms.get(slot, form) != form:
+                slot = replace(slot, nth=slot.nth + 1)
+            backward.forms[slot] = form
+            backward.arrived[slot] = (arrival, tensor)
+        while backward.launched < len(self._buckets) and all(
+            slot in backward.arrived for slot in self._buckets[backward.launched]
+        ):
+            self._launch(backward)
+
+    def _backward(self) -> _Backward:
+        """The pass that is running."""
+        number = _torch.backward_pass()
+        if number not in self._backwards:
+            if self._note is not None and not self._is_local:
+                self._note.check()
+                self._note = None
+            # A pass whose forward ran without any of our graphs says nothing, and exchanges.
+            self._backwards[number], self._is_local = _Backward(self._is_local), False
+            _torch.after_backward(functools.partial(self._finish, number))
+        return self._backwards[number]
+
+    def _launch(self, backward: _Backward) -> None:
+        """Average the next bucket; what belongs to it becomes a view of what is sent."""
+        bucket = self._buckets[backward.launched]
+        backward.launched += 1
+        form = self._forms[bucket[0]]
+        taken = [backward.arrived.pop(slot, None) for slot in bucket]
+        device = self._weight(bucket[0]).device
+        tensors = [
+            torch.zeros(self._forms[slot].shape, dtype=form.dtype, device=device)
+            if found is None
+            else found[1]
+            for slot, found in zip(bucket, taken, strict=True)
+        ]
+        shares = [tensors[0].new_full((1,), float(found is not None)) for found in taken]
+        flat = torch.cat([tensor.reshape(-1) for tensor in (*tensors, *shares)])
+        flat.div_(len(self.ranks))
+        backward.works.append(self._all_reduce(flat))
+        *averaged, shares_of_all = torch.split(flat, [*(t.numel() for t in tensors), len(bucket)])
+        for slot, found, tensor, share in zip(bucket, taken, averaged, shares_of_all, strict=True):
+            tensor = tensor.view(self._forms[slot].shape)
+            if found is None:
+                backward.absent.append((slot, tensor, share))
+            else:
+                found[0].replace(slot.part, tensor)
+
+    def _weight(self, slot: _Slot) -> Tensor:
+        weight = self._weights[slot.weight]()
+        if weight is None:
+            raise RuntimeError(f"{slot.weight} is gone, and other ranks exchange its gradient")
+        return weight
+
+    def _all_reduce(self, flat: Tensor) -> Any:
+        """The one place where gradients go to other ranks; a work to wait for."""
+        return dist.all_reduce(flat, group=self._group, async_op=True)
+
+    # --- the end of a backward pass --------------------------------------------------------------
+
+    @torch.no_grad()
+    def _finish(self, number: int) -> None:
+        backward = self._backwards.pop(number, None)
+        if backward is None or backward.is_local:
+            return
+        while backward.launched < len(self._buckets):
+            self._launch(backward)
+        self._note = _Note(self._group, len(self.ranks), list(backward.arrived), self._steps())
+        if backward.arrived:
+            self._note.check()
+            self._note = None
+            self._agree({slot: backward.forms[slot] for slot in backward.arrived})
+            while backward.launched < len(self._buckets):
+                self._launch(backward)
+        for work in backward.works:
+            work.wait()
+        for arrival in backward.arrivals:
+            arrival.put_back()
+        for slot, averaged, share in backward.absent:
+            self._take_of_others(slot, averaged, share)
+
+    def _take_of_others(self, slot: _Slot, averaged: Tensor, share: Tensor) -> None:
+        """What other ranks have for a weight that this one has not used."""
+        if not share.item():
+            return
+        if slot.part != "gradient":
+            raise RuntimeError(
+                f"the sketched gradient of {slot.weight} has arrived on other ranks and not on "
+                "this one: every rank has to use the same layers. Exclude the weight, or use "
+                'gradients="dense"'
+            )
+        _Arrival(self._weight(slot), averaged).put_back()
+
+    def _agree(self, new: Mapping[_Slot, _Form]) -> None:
+        """Every rank appends the same slots, in the same order."""
+        before = len(self._forms)
+        known: dict[str, tuple[int, dict[_Slot, _Form]]] = {}
+        for rank, of_rank in zip(self.ranks, self.gather(dict(new)), strict=True):
+            by_weight: dict[str, dict[_Slot, _Form]] = {}
+            for slot, form in of_rank.items():
+                by_weight.setdefault(slot.weight, {})[slot] = form
+            for name, mine in by_weight.items():
+                first, others = known.setdefault(name, (rank, mine))
+                if others != mine:
+                    raise ValueError(
+                        f"ranks have different settings. The gradient of {name} is on rank "
+                        f"{first}: {_text(others)}; on rank {rank}: {_text(mine)}"
+                    )
+                self._forms.update(mine)
+        open_buckets: dict[tuple[torch.dtype, torch.device], tuple[list[_Slot], int]] = {}
+        for slot in list(self._forms)[before:]:
+            form, device = self._forms[slot], self._weight(slot).device
+            size = torch.Size(form.shape).numel() * form.dtype.itemsize
+            bucket, filled = open_buckets.get((form.dtype, device), ([], 0))
+            if not bucket or filled + size > BUCKET_BYTES:
+                bucket, filled = [], 0
+                self._buckets.append(bucket)
+            bucket.append(slot)
+            open_buckets[form.dtype, device] = bucket, filled + size
+
+    # --- what ranks have alike -------------------------------------------------------------------
+
+    def gather(self, value: object) -> list[Any]:
+        """What each rank gives."""
+        values: list[Any] = [None] * len(self.ranks)
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Each becomes its mean over ranks; one message for all, which are of one dtype."""
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).div_(len(self.ranks))
+        self._all_reduce(flat).wait()
+        for tensor, mean in zip(
+            tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True
+        ):
+            tensor.copy_(mean.view(tensor.shape))
+
+    def send(self, tensors: Iterable[Tensor]) -> None:
+        """Each becomes what the first rank has."""
+        for tensor in tensors:
+            dist.broadcast(tensor, self.ranks[0], group=self._group)
+
+    def check_weights(self) -> None:
+        """Raise where ranks have weights of other names, shapes or dtypes."""
+        mine = {
+            n: (tuple(w.shape), w.dtype) for n, r in self._weights.items() if (w := r()) is not None
+        }
+        for rank, others in zip(self.ranks, self.gather(mine), strict=True):
+            if others != mine:
+                name = next(n for n in {**mine, **others} if mine.get(n) != others.get(n))
+                raise ValueError(
+                    f"ranks have different models: {name} is {others.get(name)} on rank {rank}, "
+                    f"{mine.get(name)} on rank {dist.get_rank()}"
+                )
+
+    @torch.no_grad()
+    def send_weights(self) -> None:
+        """All ranks begin with the first one's, also where a model is on the CPU for now."""
+        for reference in self._weights.values():
+            weight = reference()
+            assert weight is not None
+            sent = weight.detach()
+            if dist.get_backend(self._group) == "nccl":
+                sent = sent.to(torch.device("cuda", torch.cuda.current_device()))
+            sent = sent.contiguous()
+            self.send([sent])
+            weight.copy_(sent)
+
+
+class _Note:
+    """What ranks tell each other after a backward pass; read when the next begins, without waiting.
+
+    Args:
+        new: slots of this pass that the ranks have not agreed on.
+        steps: the same number on all ranks, unless they differ.
+    """
+
+    def __init__(
+        self,
+        group: "dist.ProcessGroup",
+        ranks: int,
+        new: Sequence[_Slot],
+        steps: int,
+    ) -> None:
+        self._new, self._ranks, self._steps = new, ranks, steps
+        device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+        self._sum = torch.zeros(2, dtype=torch.int64, device=device)
+        self._sum[0].fill_(bool(new))
+        self._sum[1].fill_(self._steps)
+        work = dist.all_reduce(self._sum, group=group, async_op=True)
+        self._wait: Callable[[], object] = work.wait
+        if device == "cuda":
+            work.wait()  # a stream does, and no host
+            self._sum = self._sum.to("cpu", non_blocking=True)
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record()
+            self._wait = copied.synchronize
+
+    def check(self) -> None:
+        """Raise where ranks differ: on all of them, at the latest when the next pass begins."""
+        self._wait()
+        with_new, steps = self._sum.tolist()
+        if with_new not in (0, self._ranks):
+            names = ", ".join(dict.fromkeys(slot.weight for slot in self._new))
+            raise RuntimeError(
+                f"gradients came on {with_new} of {self._ranks} ranks that came on none before "
+                f"(here: {names or 'none'}): every rank has to run the same layers in the same "
+                "compiled graphs"
+            )
+        if steps != self._ranks * self._steps:
+            raise RuntimeError(
+                "ranks have counted different steps of their weights, so that their projections "
+                "differ: load the same checkpoint, and step optimizers, on all of them"
+            )
