@@ -112,7 +112,7 @@ def train(args: argparse.Namespace, config: LlamaConfig, device: torch.device) -
     """A few steps; prints loss, seconds and peak memory of each."""
     if device.type == "cuda" and args.memory is not None:
         whole = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory * 1e9 / whole), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory * 1e9 / whole))
     model = make_model(config, device)
     model.model.embed_tokens.requires_grad_(not args.freeze_embedding)
     backend = compact_backend(rank=args.rank, strict=True)

@@ -74,6 +74,7 @@ def rewrite_weight_grads(joint: JointGraph, plan: Plan) -> dict[int, tuple[fx.No
     grads = find_weight_grads(joint, skip=others)
     uses = {(grad.index, i): use for grad in grads for i, use in enumerate(grad.uses)}
     sketches: dict[int, _Sketch] = {}
+    factors: dict[fx.Node, tuple[fx.Node, int]] = {}  # on the output side: dy, and where x is
     stays_sketched = {role.index for role in plan.factor_inputs}
     for site in plan.sketched:
         use = uses.get((site.index, site.use))
@@ -91,11 +92,14 @@ def rewrite_weight_grads(joint: JointGraph, plan: Plan) -> dict[int, tuple[fx.No
             if site.sketch not in sketches:
                 source = sources[site.projection]
                 sketches[site.sketch] = _sketch(joint.module.graph, use, site, plan, source)
-            expand = site.index not in stays_sketched
-            projected, graph = use.projected, joint.module.graph
-            _replace(graph, use, sketches[site.sketch], expand, plan.track_every)
-            if site.side == "output" and plan.recompute:
-                _let_go_of_activation(graph, projected, sketches[site.sketch], use.position)
+            expand, projected = site.index not in stays_sketched, use.projected
+            _replace(joint.module.graph, use, sketches[site.sketch], expand, plan.track_every)
+            if site.side == "output":
+                factors[sketches[site.sketch].factors[-1]] = (projected, use.position)
+    if plan.recompute and factors:
+        # Most is alive when the backward begins; after its first layer there is room for both.
+        first = next(node for node in joint.module.graph.nodes if node in factors)
+        _let_go_of_activation(joint.module.graph, first, *factors[first])
     _return_directions(joint, plan, _track(joint.module.graph, sketches.values()))
     _return_factors(joint)
     finish(joint.module)
@@ -198,7 +202,7 @@ def _replace(graph: fx.Graph, use: Use, sketch: _Sketch, expand: bool, step: int
     graph.erase_node(old)
 
 
-def _let_go_of_activation(graph: fx.Graph, dy: fx.Node, sketch: _Sketch, position: int) -> None:
+def _let_go_of_activation(graph: fx.Graph, factor: fx.Node, dy: fx.Node, position: int) -> None:
     """Make the gradient of x only when the factor is there, so that both need no memory at once.
 
     ::
@@ -206,7 +210,6 @@ def _let_go_of_activation(graph: fx.Graph, dy: fx.Node, sketch: _Sketch, positio
         dx = aten.mm(dy, W)                           # x is made by the kernel that reads dx
         dx = aten.addmm(factor[0], dy, W, beta=0)     # the same; x was made, read and let go before
     """
-    factor = sketch.factors[-1]
     if factor.meta["val"].dim() != 2:
         return
     order = {node: number for number, node in enumerate(graph.nodes)}
@@ -215,13 +218,12 @@ def _let_go_of_activation(graph: fx.Graph, dy: fx.Node, sketch: _Sketch, positio
         if (
             product.target is not aten.mm.default
             or product.args[0] is not dy
-            or product is sketch.node
-            or order[product] < order[factor]
+            or any(order[user] <= order[factor] for user in product.users)
             or value.shape[-1] != factor.meta["val"].shape[position]
             or value.dtype != factor.meta["val"].dtype
         ):
             continue
-        with graph.inserting_before(product):
+        with graph.inserting_before(max(product, factor).next):
             (after,) = inline(
                 graph,
                 lambda f, *operands: torch.addmm(f.select(1 - position, 0), *operands, beta=0),

@@ -406,3 +406,39 @@ def test_a_frozen_neighbour_stays_as_it_is(rewritten, calls, ops_of):
     _, plan, changed, found = rewritten(module, batch())
     assert [site.weight for site in plan.sketched] == ["fc.weight"]
     assert len(found) == ops_of(changed.module)[RANDOM_PROJECTION] == 1
+
+
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_the_first_activation_of_a_backward_is_let_go_before_its_gradient_is_made(
+    rewritten, calls, ops_of, values_of, evaluate, conv1d
+):
+    def down():
+        return Conv1D(64, 96) if conv1d else nn.Linear(96, 64, bias=False)
+
+    mlps = calls(
+        lambda m, x: m.second(F.silu(m.b(m.first(F.silu(m.a(x)))))),
+        a=nn.Linear(64, 96, bias=False),
+        first=down(),
+        b=nn.Linear(64, 96, bias=False),
+        second=down(),
+    )
+    settings = {"gradients": "sketched", "projection": "tracked", "rank": 16, "place": "late"}
+    joint, plan, changed, _ = rewritten(mlps, batch(8, 16, 64), **settings)
+    assert [site.side for site in plan.sketched].count("output") == 2
+    nodes = list(changed.module.graph.nodes)
+    waiting = [node for node in nodes if node.kwargs.get("beta") == 0]
+    assert len(waiting) == 1
+    (row, *_), factor = waiting[0].args, waiting[0].args[0].args[0]
+    assert row.target is torch.ops.aten.select.int
+    index = next(i for i, name in joint.weights.items() if name == "second.weight")
+    where = next(i for i, r in changed.added.items() if getattr(r, "index", None) == index)
+    gradient = changed.module.graph.output_node().args[0][changed.gradient_positions()[where]]
+    while gradient.target is torch.ops.aten.permute.default:
+        gradient = gradient.args[0]
+    assert gradient is factor
+    # The same values as without the order.
+    plain = rewritten(mlps, batch(8, 16, 64), **settings, recompute=False)[2]
+    assert not any(node.kwargs.get("beta") == 0 for node in plain.module.graph.nodes)
+    values = values_of(changed)
+    for a, b in zip(evaluate(changed.module, values), evaluate(plain.module, values), strict=True):
+        assert (a is None and b is None) or torch.allclose(a, b, rtol=1e-5, atol=1e-6)
