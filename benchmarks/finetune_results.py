@@ -75,6 +75,7 @@ def line_of(rows: list[Run], rates: list[float]) -> Run:
     settings, bytes_of = rows[0]["settings"], rows[0]["bytes"]
     is_loss, rank = settings["task"] == "lm", rows[0].get("lora_rank")
     peaks = [row["peak_gb"] for row in rows]
+    times = [row["step_ms"] for row in rows if "step_ms" in row]  # not where runs shared a GPU
     return {
         "task": settings["task"],
         "steps": settings["steps"],
@@ -86,7 +87,7 @@ def line_of(rows: list[Run], rates: list[float]) -> Run:
             [row["metric"] for row in rows], 4 if is_loss else 2
         ),
         "training loss": mean_and_deviation([row["training_loss"] for row in rows], 3),
-        "ms": f"{statistics.median(row['step_ms'] for row in rows):.1f}",
+        "ms": f"{statistics.median(times):.1f}" if times else "",
         "peak GB": "-" if None in peaks else f"{max(peaks):.3f}",
         **{f"{name} MB": f"{bytes_of[name] / 1e6:.2f}" for name in MEMORY},
         "together MB": f"{sum(bytes_of.values()) / 1e6:.2f}",
