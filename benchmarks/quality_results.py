@@ -120,8 +120,9 @@ def plot(rows: list[Run], folder: Path) -> None:
             best.setdefault(kind_of(same[0]["settings"]), same)
         if len(best) < 2:
             continue
+        is_timed = any((model, kind) in step_ms for kind in best)
         figure = Figure(figsize=(10, 5 + 0.2 * len(best)), layout="constrained")
-        left, right = figure.subplots(1, 2, sharey=True)
+        axes = figure.subplots(1, 1 + is_timed, sharey=True, squeeze=False)[0]
         for number, (kind, same) in enumerate(best.items()):
             if math.isinf(mean_of(same)):
                 continue
@@ -132,13 +133,14 @@ def plot(rows: list[Run], folder: Path) -> None:
             style["linestyle"] = ("-", "--", ":")[number // 10 % 3]
             settings = same[0]["settings"]
             name = f"{losses[-1]:.3f} {label(settings)}, lr {settings['lr']:g}"
-            left.plot(at, losses, **style, label=name)
+            axes[0].plot(at, losses, **style, label=name)
             if (ms := step_ms.get((model, kind))) is not None:
-                right.plot([step * ms / 1e3 for step in at], losses, **style)
-        left.set(xlabel="optimizer steps", ylabel="validation loss, nats per token")
-        right.set(xlabel="seconds of training")
-        for axes in (left, right):
-            axes.grid(alpha=0.3)
+                axes[1].plot([step * ms / 1e3 for step in at], losses, **style)
+        names = ("optimizer steps", "seconds of training")
+        for part, name in zip(axes, names, strict=False):
+            part.set(xlabel=name)
+            part.grid(alpha=0.3)
+        axes[0].set(ylabel="validation loss, nats per token")
         figure.legend(loc="outside lower center", title="loss at the end", fontsize="small")
         figure.suptitle(f"LLaMA {model}, {steps} steps")
         figure.savefig(folder / f"quality_{model}_{steps}.png", dpi=150)
