@@ -1,7 +1,7 @@
 """Moments in 8 bits: small floats, relative to the largest of their block."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,35 +71,63 @@ def _top(signed: bool) -> int:
 # --- states --------------------------------------------------------------------------------------
 
 
-def encode(state: dict[str, Any], signs: Mapping[str, bool]) -> None:
-    """Put codes and scales in the place of a state's moments, where these are large.
+def encode(states: Iterable[dict[str, Any]], signs: Mapping[str, bool]) -> None:
+    """Put codes and scales in the place of moments, where these are large; of all states at once.
 
     Args:
         signs: by the names of moments, whether they have one.
     """
-    large = [name for name in signs if _is_large(state.get(name))]
-    if not large:
-        return
-    count = int(state.get(ROUNDINGS, 0))
-    state[ROUNDINGS] = torch.tensor(count + 1, dtype=torch.int64)
-    for name in large:
-        moment = state[name]
-        noise = noise_of(count, name, moment.device)
-        codes, scale = _run(quantize, signs[name], moment.flatten(), noise)
-        state[name], state[name + _SCALE] = codes.view(moment.shape), scale
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for state in states:
+        large = [name for name in signs if _is_large(state.get(name))]
+        if not large:
+            continue
+        count = int(state.get(ROUNDINGS, 0))
+        state[ROUNDINGS] = torch.tensor(count + 1, dtype=torch.int64)
+        for name in large:
+            moment = state[name]
+            key = (name, count, moment.device, moment.dtype, _alone(moment, state))
+            alike.setdefault(key, []).append(state)
+    for (name, count, device, *_), members in alike.items():
+        values = [state[name] for state in members]
+        flat = torch.cat([value.flatten() for value in values])
+        codes, scale = _run(quantize, signs[name], flat, noise_of(count, name, device))
+        parts = zip(members, values, *_split(values, codes, scale), strict=True)
+        for state, value, own, own_scale in parts:
+            state[name], state[name + _SCALE] = own.view(value.shape), own_scale
 
 
-def decode(
-    state: Mapping[str, Any], signs: Mapping[str, bool], dtype: torch.dtype
-) -> dict[str, Any]:
-    """The state with moments as numbers of this type, and as it is where they are that already."""
-    decoded = dict(state)
-    for name in signs:
-        if name + _SCALE in decoded:
-            codes, scale = decoded[name], decoded.pop(name + _SCALE)
-            values = _run(dequantize, signs[name], codes.flatten(), scale)
-            decoded[name] = values.view(codes.shape).to(dtype)
+def decode(states: Iterable[Mapping[str, Any]], signs: Mapping[str, bool]) -> list[dict[str, Any]]:
+    """The states with moments in float32, and as they are where these are numbers already."""
+    decoded = [dict(state) for state in states]
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for state in decoded:
+        for name in signs:
+            if name + _SCALE in state:
+                codes = state[name]
+                alike.setdefault((name, codes.device, _alone(codes, state)), []).append(state)
+    for (name, *_), members in alike.items():
+        values = [state[name] for state in members]
+        flat = torch.cat([value.flatten() for value in values])
+        scale = torch.cat([state.pop(name + _SCALE) for state in members])
+        numbers, _ = _split(values, _run(dequantize, signs[name], flat, scale), scale)
+        for state, value, own in zip(members, values, numbers, strict=True):
+            state[name] = own.view(value.shape)
     return decoded
+
+
+def _alone(values: Tensor, state: Mapping[str, Any]) -> int:
+    """0 for values that end with a block: others' may follow; a number of their own for others."""
+    return 0 if values.numel() % BLOCK == 0 else id(state)
+
+
+def _split(
+    values: Sequence[Tensor], flat: Tensor, scale: Tensor
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What belongs to each of some tensors, of what belongs to all."""
+    sizes = [value.numel() for value in values]
+    blocks = [-(-size // BLOCK) for size in sizes]
+    return torch.split(flat, sizes), torch.split(scale, blocks)
 
 
 def check(state: Mapping[str, Any], signs: Mapping[str, bool], whose: str) -> dict[str, Any]:
@@ -149,7 +177,7 @@ def _is_large(moment: Any) -> bool:
     return is_number and moment.numel() >= SMALLEST
 
 
-# --- on a GPU these are one fused kernel each; operator by operator they would be twenty ----------
+# --- on a GPU one fused kernel for all weights; operator by operator they would be twenty ---------
 
 
 def _run(function: Callable[..., Any], signed: bool, *tensors: Tensor) -> Any:

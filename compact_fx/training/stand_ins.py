@@ -215,8 +215,7 @@ class CompactOptimizer(torch.optim.Optimizer):
             for step in steps:
                 self._take_back_state(step)
             if self._settings.in_8_bits:
-                for step in steps:
-                    low_bit.encode(self.state[step.weight], moments.SIGNS)
+                low_bit.encode((self.state[step.weight] for step in steps), moments.SIGNS)
         for step in steps:
             self._update(step)
 
@@ -228,19 +227,20 @@ class CompactOptimizer(torch.optim.Optimizer):
     ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Groups, each with one of the inner optimizer's: of stand-ins, or of dense weights."""
         inner: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        states = self._states_of_numbers([w for group in groups for w in group["params"]])
         for group in groups:
             stand_ins = []
             for weight in group["params"]:
                 if weight in factors:
                     factor, basis = factors[weight]
-                    stand_ins.append(self._stand_in(weight, factor, basis, group))
+                    stand_ins.append(self._stand_in(weight, factor, basis, group, states))
                     steps.append(_Step(weight, stand_ins[-1], basis, group))
             if stand_ins:
                 torch._foreach_zero_(stand_ins)  # a few launches, not one for each weight
             dense = [weight for weight in group["params"] if weight not in factors]
             if self._settings.in_8_bits:
                 for number, weight in enumerate(dense):
-                    dense[number] = self._dense_stand_in(weight)
+                    dense[number] = self._dense_stand_in(weight, states)
                     steps.append(_Step(weight, dense[number], None, group))
             lr = {"lr": group["lr"] * group["dense_scale"]} if "lr" in group else {}
             if stand_ins:
@@ -269,7 +269,12 @@ class CompactOptimizer(torch.optim.Optimizer):
         self.state[weight] = state
 
     def _stand_in(
-        self, weight: Tensor, factor: Tensor, basis: Basis, group: dict[str, Any]
+        self,
+        weight: Tensor,
+        factor: Tensor,
+        basis: Basis,
+        group: dict[str, Any],
+        states: Mapping[Tensor, dict[str, Any]],
     ) -> Tensor:
         decay = group.get("weight_decay", 0.0)
         if decay and not self._is_decoupled(group):
@@ -282,7 +287,7 @@ class CompactOptimizer(torch.optim.Optimizer):
         factor = factor.to(dtype).contiguous()
         stand_in = torch.empty_like(factor)
         stand_in.grad = factor
-        state = self._state_of_numbers(weight, dtype)
+        state = states[weight]
         if weight in self._bases:  # may fail for want of memory
             moments.carry(state, self._bases[weight], basis, self._settings.refresh)
         self.state.pop(weight, None)
@@ -290,22 +295,28 @@ class CompactOptimizer(torch.optim.Optimizer):
             self.state[stand_in] = state
         return stand_in
 
-    def _dense_stand_in(self, weight: Tensor) -> Tensor:
+    def _dense_stand_in(self, weight: Tensor, states: Mapping[Tensor, dict[str, Any]]) -> Tensor:
         """The weight, or its values in float32, with moments that are numbers."""
         dtype = self._dtype_of_moments(weight.dtype)
         stand_in = weight if weight.dtype is dtype else weight.to(dtype)
         if stand_in is not weight:
             assert weight.grad is not None
             stand_in.grad = weight.grad.to(dtype)
-        state = self._state_of_numbers(weight, dtype)
+        state = states[weight]
         self.state.pop(weight, None)
         if state:
             self.state[stand_in] = state
         return stand_in
 
-    def _state_of_numbers(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-        state = moments.without_names(self.state.get(weight, {}))
-        return low_bit.decode(state, moments.SIGNS, dtype) if self._settings.in_8_bits else state
+    def _states_of_numbers(self, weights: Sequence[Tensor]) -> dict[Tensor, dict[str, Any]]:
+        """By weight what the inner optimizer knows, with moments that are numbers."""
+        states = [moments.without_names(self.state.get(weight, {})) for weight in weights]
+        if self._settings.in_8_bits:
+            states = low_bit.decode(states, moments.SIGNS)
+            for weight, state in zip(weights, states, strict=True):
+                dtype = self._dtype_of_moments(weight.dtype)
+                state |= {n: state[n].to(dtype) for n in moments.SIGNS if n in state}
+        return dict(zip(weights, states, strict=True))
 
     def _dtype_of_moments(self, dtype: torch.dtype) -> torch.dtype:
         """What a weight or gradient of this type has moments in, while they are stepped."""
@@ -473,7 +484,7 @@ class CompactOptimizer(torch.optim.Optimizer):
                     now[weight] = found.now
                 own[weight] = moments.without_names(saved)
                 if not self._settings.in_8_bits:
-                    own[weight] = low_bit.decode(own[weight], moments.SIGNS, torch.float32)
+                    (own[weight],) = low_bit.decode([own[weight]], moments.SIGNS)
                     own[weight].pop(low_bit.ROUNDINGS, None)
                 # torch casts what it gets to the weight's type.
                 as_is = low_bit.coded(own[weight], moments.SIGNS)
@@ -523,7 +534,7 @@ class CompactOptimizer(torch.optim.Optimizer):
                 device = weight.device if value.dim() else "cpu"
                 state[entry] = value.detach().to(device, wanted, copy=True)
         if self._settings.in_8_bits:
-            low_bit.encode(state, moments.SIGNS)
+            low_bit.encode([state], moments.SIGNS)
 
     def __getstate__(self) -> dict[str, Any]:
         records = {weight: known_record(weight) for _, weight in self._numbered()}
