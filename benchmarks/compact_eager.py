@@ -85,7 +85,7 @@ def to_compact(
     changed = [linear for name, linear in linears.items() if not name.endswith(OUTPUTS)]
     for number, linear in enumerate(changed):
         features = linear.in_features
-        linear.weight.sketch = Sketch(features, rank_of(features), number, interval)  # type: ignore[attr-defined]
+        linear.weight.sketch = Sketch(features, rank_of(features), number, interval)
         linear.__class__ = CompactLinear
 
 
@@ -107,7 +107,7 @@ class EagerCompactAdamW(torch.optim.AdamW):
             weight.sketch.factor = None
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:
         """W ← W − η α N Pᵀ, where N is what AdamW makes of the factors; dense weights as ever."""
         super().step(closure)
         group = self.param_groups[0]

@@ -51,7 +51,7 @@ def table(results: dict[str, Any]) -> str:
     for device, rows in by_device(results).items():
         lines = [[row.get(column) for column in COLUMNS] for row in rows]
         headers = list(COLUMNS.values())
-        text = tabulate(lines, headers=headers, floatfmt=".3g", intfmt=",", tablefmt="github")
+        text = tabulate(lines, headers=headers, floatfmt=".4g", intfmt=",", tablefmt="github")
         parts.append(f"{results['name']}, {device}\n\n{text}")
     return "\n\n".join(parts)
 
