@@ -16,10 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from provenance import provenance
-from step import VARIANTS, build, inputs_of, loss_of, shape_of
+from step import VARIANTS, shape_of
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from training import build, inputs_of, loss_of
 
 from compact_fx import CompactAdamW, compact_backend, exchange_factors
 

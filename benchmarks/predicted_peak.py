@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from provenance import provenance
-from step import VARIANTS, build, inputs_of, loss_of
+from step import VARIANTS
 from tabulate import tabulate
+from training import build, inputs_of, loss_of
 
 from compact_fx import explain
 from compact_fx.reading.explanation import COMPILED, DENSE, SKETCHED

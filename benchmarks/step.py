@@ -7,9 +7,7 @@ import argparse
 import gc
 import json
 import os
-import statistics
 import tempfile
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,7 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")  # 
 import torch
 from provenance import provenance
 from tabulate import tabulate
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from training import build, inputs_of, measure_steps, to_float8
 
 from compact_fx import CompactAdamW, CompactBackend, compact_backend
 
@@ -93,51 +90,6 @@ VARIANTS = {
 COLUMNS = ("ms", "ms_ratio", "peak_gb", "peak_ratio", "kept_gb", "optimizer_ms")
 
 
-def build(shape: dict[str, int], device: str) -> nn.Module:
-    """A LLaMA in bf16; without a vocabulary only its blocks."""
-    config = LlamaConfig(
-        hidden_size=shape["hidden"],
-        intermediate_size=shape["mlp"],
-        num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["hidden"] // 128,
-        vocab_size=shape["vocabulary"] or 8,
-        max_position_embeddings=shape["seq"],
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = LlamaForCausalLM(config) if shape["vocabulary"] else LlamaModel(config)
-    return model.to(torch.bfloat16)
-
-
-def to_float8(model: nn.Module, recipe: str) -> nn.Module:
-    """The model with products in float8 in all of its linear layers but the head."""
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-
-    config = Float8LinearConfig.from_recipe_name(recipe)
-    return convert_to_float8_training(
-        model, config=config, module_filter_fn=lambda _, name: name != "lm_head"
-    )
-
-
-def inputs_of(shape: dict[str, int], device: str) -> dict[str, Tensor]:
-    """A batch: token ids and labels, or what the blocks get from an embedding."""
-    size = (shape["batch"], shape["seq"])
-    if shape["vocabulary"]:
-        tokens = torch.randint(shape["vocabulary"], size, device=device)
-        return {"input_ids": tokens, "labels": tokens}
-    kind = {"dtype": torch.bfloat16, "device": device}
-    return {"inputs_embeds": torch.empty(*size, shape["hidden"], **kind).normal_()}
-
-
-def loss_of(output: Any, target: Tensor | None) -> Tensor:
-    """Cross entropy of a language model; a distance for blocks."""
-    if target is None:
-        return output.loss
-    return nn.functional.mse_loss(output.last_hidden_state.float(), target.float())
-
-
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Train for a few steps; the numbers are of the last ones."""
     torch._dynamo.reset()
@@ -161,42 +113,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     optimizer = optimizer_class(model.parameters(), lr=1e-4, fused=True, **own)
     inputs = inputs_of(shape, "cuda")
     target = None if args.vocabulary else torch.randn_like(inputs["inputs_embeds"])
-
-    def step() -> tuple[float, int, float]:
-        optimizer.zero_grad()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(variant.passes):
-            before = torch.cuda.memory_allocated()
-            output = model(**inputs)
-            kept = torch.cuda.memory_allocated() - before
-            loss = loss_of(output, target)
-            del output
-            loss.backward()
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        events[0].record()
-        optimizer.step()
-        events[1].record()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start, kept, events[0].elapsed_time(events[1])
-
-    cold, *_ = step()
-    for _ in range(args.warmup):
-        step()
-    torch.cuda.reset_peak_memory_stats()
-    results = [step() for _ in range(args.steps)]
-    times = [seconds for seconds, *_ in results]
-    row = {
-        "step": name,
-        "ms": 1e3 * statistics.median(times),
-        "ms_fastest": 1e3 * min(times),
-        "ms_slowest": 1e3 * max(times),
-        "ms_mean": 1e3 * statistics.mean(times),
-        "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
-        "kept_gb": results[-1][1] / 1e9,
-        "optimizer_ms": statistics.median(ms for *_, ms in results),
-        "first_step_s": cold,
-    }
+    counts = {"steps": args.steps, "warmup": args.warmup, "passes": variant.passes}
+    row = {"step": name, **measure_steps(model, optimizer, inputs, target, **counts).row()}
     if isinstance(backend, CompactBackend):
         row["planned_kept_gb"] = sum(plan.account.bytes_after for plan in backend.plans) / 1e9
         row["sketched"] = sum(len(plan.sketched) for plan in backend.plans)
