@@ -1,16 +1,20 @@
-"""`python -m compact_fx`: explain a model, read its graphs, or describe this machine."""
+"""`python -m compact_fx`: explain a model or fit it into a GPU, read graphs, describe a machine."""
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
+import math
 import platform
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from subprocess import SubprocessError
-from textwrap import shorten
+from textwrap import fill, shorten
 from typing import Any, get_args
 
 import torch
@@ -20,6 +24,7 @@ from compact_fx.config import CompactConfig, Storage
 from compact_fx.errors import CannotCompact
 from compact_fx.projections import KINDS
 from compact_fx.reading.explanation import STATES, Explanation, explain
+from compact_fx.reading.fit import GPU, RANKS, fit
 from compact_fx.reading.graphs import dot_of
 
 
@@ -44,30 +49,32 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--hf-config", type=Path, required=True, metavar="FILE.json")
-    model.add_argument("--batch", type=int, default=8, help="sequences in a batch (8)")
     model.add_argument(
         "--seq", type=int, help="tokens in a sequence (2048, or the most that the model takes)"
     )
     dtypes = ["bfloat16", "float16", "float32"]
     model.add_argument("--dtype", default="bfloat16", choices=dtypes, help="of weights (bfloat16)")
     model.add_argument("--layers", type=int, help="in place of num_hidden_layers")
-    rank_help = "a fraction of in_features (0.25), or a number of columns"
-    model.add_argument("--rank", type=_rank, default=CompactConfig.rank, help=rank_help)
-    modes = ["dense", "sketched"]
-    default = CompactConfig.gradients
-    of_report = f"of the report ({default})"
-    model.add_argument("--gradients", default=default, choices=modes, help=of_report)
     kinds = "(tracked for sketched gradients, countsketch for dense ones)"
     model.add_argument("--projection", choices=KINDS, help=kinds)
-    saved = f"what crosses to the backward ({CompactConfig.saved})"
-    choices = get_args(Storage)
-    model.add_argument("--saved", default=CompactConfig.saved, choices=choices, help=saved)
     excluded = "name patterns of weights to leave alone, such as 'lm_head*'"
     model.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help=excluded)
     model.add_argument("--no-recompute", action="store_true", help="recompute=False")
 
+    setting = argparse.ArgumentParser(add_help=False)
+    setting.add_argument("--batch", type=int, default=8, help="sequences in a batch (8)")
+    rank_help = "a fraction of in_features (0.25), or a number of columns"
+    setting.add_argument("--rank", type=_rank, default=CompactConfig.rank, help=rank_help)
+    modes = ["dense", "sketched"]
+    default = CompactConfig.gradients
+    of_report = f"of the report ({default})"
+    setting.add_argument("--gradients", default=default, choices=modes, help=of_report)
+    saved = f"what crosses to the backward ({CompactConfig.saved})"
+    choices = get_args(Storage)
+    setting.add_argument("--saved", default=CompactConfig.saved, choices=choices, help=saved)
+
     command = commands.add_parser(
-        "explain", parents=[model], help="what a training step would take; nothing is run"
+        "explain", parents=[model, setting], help="what a training step would take; nothing is run"
     )
     command.add_argument("--optimizer", default="adamw", choices=STATES, help="(adamw)")
     command.add_argument("--plot", type=Path, metavar="OUT.png", help="stacked bars")
@@ -77,12 +84,32 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_explain)
 
     command = commands.add_parser(
-        "graph", parents=[model], help="write the graphs before and after, as text and as SVG"
+        "graph",
+        parents=[model, setting],
+        help="write the graphs before and after, as text and as SVG",
     )
     command.add_argument(
         "--out", type=Path, default=Path("graphs"), metavar="FOLDER", help="(graphs)"
     )
     command.set_defaults(run=_graph)
+
+    command = commands.add_parser(
+        "fit",
+        parents=[model],
+        help="which settings fit into a GPU, and which is fastest, predicted",
+    )
+    size = "of its memory: 24GB, 80GiB"
+    command.add_argument("--gpu", type=_size, required=True, metavar="SIZE", help=size)
+    reserve = "of it, for what is no tensor: CUDA's context, libraries, fragments (1GB)"
+    command.add_argument("--reserve", type=_size, default="1GB", metavar="SIZE", help=reserve)
+    ranks = f"those to try ({' '.join(map(str, RANKS))})"
+    command.add_argument("--rank", type=_rank, nargs="+", default=RANKS, help=ranks)
+    command.add_argument("--batch", type=int, help="only this one (the largest that fits)")
+    peak = "of matrix products in --dtype (989: bf16 of an H100 SXM, datasheet)"
+    command.add_argument("--tflops", type=float, default=989.0, help=peak)
+    command.add_argument("--gbps", type=float, default=3350.0, help="of memory, GB/s (3350: same)")
+    command.add_argument("--json", action="store_true", help="print JSON, with all that fits")
+    command.set_defaults(run=_fit)
 
     command = commands.add_parser("env", help="versions and devices, for a bug report")
     command.set_defaults(run=_env)
@@ -94,6 +121,18 @@ def _rank(text: str) -> float | int:
         return int(text) if text.isdigit() else float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a fraction nor a number") from None
+
+
+_UNITS = {f"{k}{b}B": (1024 if b else 1000) ** i for i, k in enumerate("MGT", 2) for b in ("", "i")}
+
+
+def _size(text: str) -> int:
+    """Bytes."""
+    found = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({'|'.join(_UNITS)})", text)
+    if found is None:
+        units = ", ".join(_UNITS)
+        raise argparse.ArgumentTypeError(f"{text!r} is no number with one of {units}, as in 24GB")
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 # --- commands ------------------------------------------------------------------------------------
@@ -108,6 +147,51 @@ def _explain(args: argparse.Namespace) -> None:
         print(found.to_json())
     else:
         print(found.table(), found.report.table(wide=args.wide), sep="\n\n")
+
+
+def _fit(args: argparse.Namespace) -> None:
+    if args.reserve >= args.gpu:
+        raise _BadInput(f"--reserve {args.reserve} bytes must be less than --gpu {args.gpu} bytes")
+    for name in ("tflops", "gbps"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise _BadInput(f"--{name} {getattr(args, name)} must be a number above 0")
+    whole, config = _model(args)
+    inputs = _inputs(args, config)
+
+    def build(layers: int, checkpointing: bool) -> torch.nn.Module:
+        model, _ = _model(argparse.Namespace(**vars(args) | {"layers": layers}))
+        if checkpointing:
+            with warnings.catch_warnings():  # transformers 5 has another name for it
+                warnings.simplefilter("ignore", FutureWarning)
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model
+
+    settings = CompactConfig(
+        projection=args.projection, exclude=args.exclude, recompute=not args.no_recompute
+    )
+    with _named(args, inputs(args.batch or 1)):
+        found = fit(
+            build,
+            inputs,
+            layers=config.num_hidden_layers,
+            gpu=GPU(
+                memory=args.gpu - args.reserve, flops=1e12 * args.tflops, bandwidth=1e9 * args.gbps
+            ),
+            ranks=args.rank,
+            checkpointing=(False, True) if whole.supports_gradient_checkpointing else (False,),
+            batch=args.batch,
+            config=settings,
+        )
+    if args.json:
+        print(found.to_json())
+        return
+    note = (
+        f"Predicted, not measured. Peaks are of tensors, below {args.gpu / 1e9:.2f} GB less "
+        f"{args.reserve / 1e9:.2f} GB; times are a roofline of {args.tflops:g} TFLOP/s and "
+        f"{args.gbps:g} GB/s, of the first row's a token and of torch.compile's at the same batch. "
+        "Less rank is faster and costs quality, see docs/quality.md."
+    )
+    print(found, fill(note, 100), sep="\n\n")
 
 
 def _graph(args: argparse.Namespace) -> None:
@@ -176,19 +260,9 @@ def _inductor() -> str:
 
 def _explained(args: argparse.Namespace, **settings: Any) -> Explanation:
     """The model of a Hugging Face configuration, explained for a batch of token ids."""
-    for name in ("batch", "seq", "layers"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise _BadInput(f"--{name} {getattr(args, name)} must be ≥ 1")
     model, config = _model(args)
-    longest = getattr(config, "max_position_embeddings", None) or 2048
-    length = min(2048, longest) if args.seq is None else args.seq
-    if length > longest:
-        raise _BadInput(f"--seq {length} is more than max_position_embeddings {longest}")
-    tokens = torch.zeros(args.batch, length, dtype=torch.int64, device="meta")
-    inputs: dict[str, Any] = {"input_ids": tokens, "labels": tokens}
-    if hasattr(config, "use_cache") and not config.is_encoder_decoder:
-        inputs["use_cache"] = False
-    try:
+    inputs = _inputs(args, config)(args.batch)
+    with _named(args, inputs):
         return explain(
             model,
             rank=args.rank,
@@ -200,15 +274,42 @@ def _explained(args: argparse.Namespace, **settings: Any) -> Explanation:
             **settings,
             **inputs,
         )
+
+
+def _inputs(args: argparse.Namespace, config: Any) -> Callable[[int], dict[str, Any]]:
+    """Makes token ids for a batch of so many sequences."""
+    longest = getattr(config, "max_position_embeddings", None) or 2048
+    length = min(2048, longest) if args.seq is None else args.seq
+    if length > longest:
+        raise _BadInput(f"--seq {length} is more than max_position_embeddings {longest}")
+
+    def inputs(batch: int) -> dict[str, Any]:
+        tokens = torch.zeros(batch, length, dtype=torch.int64, device="meta")
+        without_cache = hasattr(config, "use_cache") and not config.is_encoder_decoder
+        cache = {"use_cache": False} if without_cache else {}
+        return {"input_ids": tokens, "labels": tokens, **cache}
+
+    return inputs
+
+
+@contextlib.contextmanager
+def _named(args: argparse.Namespace, inputs: dict[str, Any]) -> Iterator[None]:
+    """Around what calls a model: an error says which one, and with how many tokens."""
+    try:
+        yield
     except (CannotCompact, ValueError):
         raise
     except Exception as error:  # whatever a model's forward makes of tokens
-        message = f"{args.hf_config} does not train on {args.batch} x {length} tokens: {error}"
+        shape = " x ".join(map(str, inputs["input_ids"].shape))
+        message = f"{args.hf_config} does not train on {shape} tokens: {error}"
         raise _BadInput(message) from None
 
 
 def _model(args: argparse.Namespace) -> tuple[torch.nn.Module, Any]:
     """Built on the meta device: without memory."""
+    for name in ("batch", "seq", "layers"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise _BadInput(f"--{name} {getattr(args, name)} must be ≥ 1")
     try:
         import transformers
     except ImportError:

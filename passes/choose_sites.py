@@ -12,9 +12,9 @@ from compact_fx.passes.costs import (
     change_flops,
     costs_of,
     early_bytes,
+    extra_bytes,
     flops_of,
     projection_bytes,
-    saved_gradient_bytes,
 )
 from compact_fx.passes.joint_graph import JointGraph
 from compact_fx.passes.list_sites import Uses, list_sites
@@ -54,13 +54,13 @@ def choose_sites(
         before = partition(joint.copy(), recompute=False)
     if config.memory_budget is None:
         saved = None if config.saved == "keep" else config.saved
-        return _choose(joint, config, failed, before, Treatment(config.recompute, saved))[0]
+        return choose_for(joint, config, failed, before, Treatment(config.recompute, saved))[0]
     allowed = config.memory_budget
     if isinstance(allowed, float):
         allowed = int(allowed * graph_memory(before, joint, with_reuse=True).peak)
     peaks = []
     for treatment in LADDER:
-        plan, cut = _choose(joint, config, failed, before, treatment)
+        plan, cut = choose_for(joint, config, failed, before, treatment)
         peaks.append(graph_memory(cut, joint).peak)
         if peaks[-1] <= allowed:
             return plan
@@ -92,14 +92,14 @@ predicted peak of six LLaMA blocks rises from 0.49 to 0.57 (at 0.8) and more.
 """
 
 
-def _choose(
+def choose_for(
     joint: JointGraph,
     config: CompactConfig,
     failed: Mapping[str, str] | None,
     before: Partition,
     treatment: Treatment,
 ) -> tuple[Plan, Partition]:
-    """The plan of one treatment, and its cut."""
+    """The plan of one treatment, and its cut; `before` is torch.compile's, as above."""
     with observed("list_sites", joint.module):
         on_input = set(joint.weights) if config.place == "early" else set()
         draft, uses = list_sites(joint, config, failed, on_input)
@@ -118,9 +118,7 @@ def _choose(
         trial = _try(joint, _placed(treatment.of(other, joint), early))
         if trial.cut.bytes < best.cut.bytes:
             best, uses = trial, others
-    held = projection_bytes(best.plan)
-    more = best.cut.bytes - before.bytes
-    more += max(0, held - saved_gradient_bytes(best.plan, joint))
+    more = best.cut.bytes - before.bytes + extra_bytes(best.plan, joint)
     if config.place == "auto" and more > 0:
         reason = f"sketching keeps {more} bytes more than without"
         sites = (s.left_alone(s.reason if s.sketch is None else reason) for s in draft.sites)
@@ -128,7 +126,7 @@ def _choose(
     account = Account(
         saved_before=before.saved,
         saved_after=best.cut.saved,
-        projection_bytes=held,
+        projection_bytes=projection_bytes(best.plan),
         change_flops=change_flops(best.plan),
         sites=costs_of(best.plan, uses, before, best.cut, best.sketches),
     )

@@ -71,14 +71,15 @@ def change_flops(plan: Plan) -> int:
     return flops
 
 
-def saved_gradient_bytes(plan: Plan, joint: JointGraph) -> int:
-    """Bytes that gradients take less where they stay factors."""
+def extra_bytes(plan: Plan, joint: JointGraph) -> int:
+    """Bytes that tracked projections hold beyond what gradients take less as factors."""
     inputs = joint.inputs()
-    return sum(
+    saved = sum(
         (_torch.size_hint(weight.numel()) - math.prod(role.shape)) * int(weight.element_size())
         for role in plan.factor_inputs
         for weight in [inputs[role.index].meta["val"]]
     )
+    return max(0, projection_bytes(plan) - saved)
 
 
 def costs_of(

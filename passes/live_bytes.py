@@ -1,17 +1,20 @@
 """How many bytes are alive at each operator of a cut graph, predicted."""
 
 import operator
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx
+from torch.utils.flop_counter import flop_registry
 
 from compact_fx import _torch
 from compact_fx.passes.joint_graph import JointGraph
 from compact_fx.passes.nodes import bytes_of, is_tensor, operator_base, storage_of
 from compact_fx.passes.partition import Partition
+
+aten = torch.ops.aten
 
 Phase = Literal["forward", "backward", "optimizer"]
 
@@ -62,6 +65,7 @@ def graph_memory(
     intermediate: Collection[int] = (),
     *,
     with_reuse: bool = False,
+    counted: Callable[[int], int] = int,
 ) -> GraphMemory:
     """Follow the memory of both graphs of a partition, operator by operator.
 
@@ -74,6 +78,7 @@ def graph_memory(
         joint: what it is of; its inputs are there for the whole step,
         intermediate: but for those at these indices, which come from another graph.
         with_reuse: it is torch.compile's own: this project has Inductor reuse no buffers on CUDA.
+        counted: makes of the bytes of a storage those that count.
     """
     inputs = [*filter(is_tensor, joint.module.graph.find_nodes(op="placeholder"))]
     tangents = {storage_of(node) for node in inputs if "tangents" in str(node.target)}
@@ -82,14 +87,14 @@ def graph_memory(
     } - tangents
     results = {storage_of(node) for node in cut.results if is_tensor(node)}
     kept = results | cut.storages
-    forward = _moments(cut.forward, "forward", lasting, kept, with_reuse=with_reuse)
+    how: dict[str, Any] = {"with_reuse": with_reuse, "counted": counted}
+    forward = _moments(cut.forward, "forward", lasting, kept, **how)
     outputs = filter(is_tensor, cut.backward.graph.output_node().all_input_nodes)
     gradients = {storage_of(node) for node in outputs}
-    backward = _moments(
-        cut.backward, "backward", lasting, gradients, with_reuse=with_reuse, lent=tangents
-    )
-    held = sum(cut.saved_by_storage[storage].bytes for storage in cut.storages - lasting)
-    return GraphMemory(tuple(forward), tuple(backward), cut.bytes, held)
+    backward = _moments(cut.backward, "backward", lasting, gradients, lent=tangents, **how)
+    crossing = {storage: counted(saved.bytes) for storage, saved in cut.saved_by_storage.items()}
+    held = sum(crossing[storage] for storage in cut.storages - lasting)
+    return GraphMemory(tuple(forward), tuple(backward), sum(crossing.values()), held)
 
 
 def _moments(
@@ -99,16 +104,18 @@ def _moments(
     kept: set[int],
     *,
     with_reuse: bool,
+    counted: Callable[[int], int],
     lent: Collection[int] = (),
 ) -> list[Moment]:
     """Live bytes at each operator that writes memory.
 
     lent: storages of inputs that the caller keeps until the end: autograd does, of tangents.
     """
-    steps, sizes = _kernels(module)
+    steps, sizes = kernels_of(module)
+    sizes = {storage: counted(size) for storage, size in sizes.items()}
     last = {storage: i for i, step in enumerate(steps) for storage in step.reads}
     live = {
-        storage_of(node): bytes_of(node)
+        storage_of(node): counted(bytes_of(node))
         for node in module.graph.find_nodes(op="placeholder")
         if is_tensor(node)
     }
@@ -138,7 +145,7 @@ def _moments(
         _keep_for_reuse(alive, written, freed)
     moments, after = [Moment(phase, "", start)], 0
     for step, size, released in zip(steps, alive, late, strict=True):
-        moments.append(Moment(phase, step.operator, size + step.workspace + after))
+        moments.append(Moment(phase, step.operator, size + counted(step.workspace) + after))
         after += released
     moments[-1] = Moment(phase, steps[-1].operator, alive[-1])
     return moments
@@ -166,12 +173,13 @@ def _keep_for_reuse(alive: list[int], written: list[list[int]], freed: list[list
 
 
 @dataclass(frozen=True)
-class _Kernel:
+class Kernel:
     """An operator that writes memory, with everything that is fused into it.
 
     Attributes:
         elements: how many it runs over, if it may be fused with others, or 0.
         workspace: bytes that it takes for itself.
+        flops: of matrix products and attention; of others 0.
     """
 
     operator: str
@@ -179,6 +187,7 @@ class _Kernel:
     writes: frozenset[int]
     elements: int
     workspace: int = 0
+    flops: int = 0
 
     @property
     def fused(self) -> bool:
@@ -189,14 +198,14 @@ class _Kernel:
 _MOST_READS = 4
 
 
-def _kernels(module: fx.GraphModule) -> tuple[list[_Kernel], dict[int, int]]:
+def kernels_of(module: fx.GraphModule) -> tuple[list[Kernel], dict[int, int]]:
     """The operators that write memory, in order, and the bytes of every storage."""
     returned = {storage_of(n) for n in module.graph.output_node().all_input_nodes if is_tensor(n)}
     readers = _readers(module.graph)
     sizes: dict[int, int] = {}
     on_the_fly: dict[int, frozenset[int]] = {}  # what to read to compute a value that is not stored
     passed_on: dict[fx.Node, frozenset[int]] = {}  # the same for tuples and numbers
-    kernels: list[_Kernel] = []
+    kernels: list[Kernel] = []
 
     def needed(node: fx.Node) -> frozenset[int]:
         if not is_tensor(node):
@@ -222,8 +231,9 @@ def _kernels(module: fx.GraphModule) -> tuple[list[_Kernel], dict[int, int]]:
         if node.op != "placeholder":
             made = frozenset([storage])
             name = _torch.operator_name(node)
-            kernels.append(_Kernel(name, reads, made, _elements(node), _workspace(node)))
-    kernels.append(_Kernel("return", frozenset(returned), frozenset(), 0))
+            costs = (_elements(node), _workspace(node), _flops(node))
+            kernels.append(Kernel(name, reads, made, *costs))
+    kernels.append(Kernel("return", frozenset(returned), frozenset(), 0))
     return _fused_side_by_side(kernels, sizes), sizes
 
 
@@ -231,7 +241,7 @@ def _kernels(module: fx.GraphModule) -> tuple[list[_Kernel], dict[int, int]]:
 _WINDOW = 64
 
 
-def _fused_side_by_side(kernels: list[_Kernel], sizes: dict[int, int]) -> list[_Kernel]:
+def _fused_side_by_side(kernels: list[Kernel], sizes: dict[int, int]) -> list[Kernel]:
     """Make one kernel of those over equally many elements that share a tensor of this size.
 
     Inductor does so to read the tensor once. All results are then there at the same time, and
@@ -282,14 +292,14 @@ def _fused_side_by_side(kernels: list[_Kernel], sizes: dict[int, int]) -> list[_
     return [merged[g] for g in _sorted(merged, made_by)]
 
 
-def _together(kernels: list[_Kernel], inner: set[int]) -> _Kernel:
+def _together(kernels: list[Kernel], inner: set[int]) -> Kernel:
     """One kernel; what only its members read is never written."""
     reads = frozenset[int]().union(*(kernel.reads for kernel in kernels))
     writes = frozenset[int]().union(*(kernel.writes for kernel in kernels))
     return replace(kernels[-1], reads=reads - writes, writes=writes - inner)
 
 
-def _sorted(groups: dict[int, _Kernel], made_by: dict[int, int]) -> Iterator[int]:
+def _sorted(groups: dict[int, Kernel], made_by: dict[int, int]) -> Iterator[int]:
     """Groups in the order of their last kernels, each behind those that it needs."""
     opened: set[int] = set()
     done: set[int] = set()
@@ -352,6 +362,28 @@ def _workspace(node: fx.Node) -> int:
         call = node if node.target is not operator.getitem else node.args[0]
         return 4 * _count(call.args[1])  # type: ignore[union-attr,arg-type]
     return 0
+
+
+def _flops(node: fx.Node) -> int:
+    """As torch's counter has them; of an operator with several results, at the first."""
+    if node.target is operator.getitem:
+        call, at = node.args
+        return _flops(call) if at == 0 else 0  # type: ignore[arg-type]
+    packet: Any = getattr(node.target, "overloadpacket", None)
+    formula = flop_registry.get(_ON_GPUS.get(packet, packet))
+    if formula is None:
+        return 0
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
+    return _torch.size_hint(formula(*args, **kwargs, out_val=node.meta["val"]))
+
+
+# The CPU's kernels, which torch's counter does not know, by those of GPUs with the same arguments.
+_ON_GPUS = {
+    aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        aten._scaled_dot_product_flash_attention_backward
+    ),
+}
 
 
 def _count(node: fx.Node) -> int:

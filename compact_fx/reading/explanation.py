@@ -1,13 +1,14 @@
 """What training would take, without running or allocating anything."""
 
 import copy
+import functools
 import inspect
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from tabulate import tabulate
@@ -19,6 +20,7 @@ from compact_fx.config import CompactConfig, config_from
 from compact_fx.passes.choose_sites import choose_sites
 from compact_fx.passes.joint_graph import JointGraph
 from compact_fx.passes.live_bytes import GraphMemory, Moment, graph_memory
+from compact_fx.plan import Plan
 from compact_fx.reading.graphs import CompactedGraphs, named
 from compact_fx.reading.memory import Breakdown, LiveMemory, step_timeline
 from compact_fx.reading.report import CompactionReport
@@ -130,27 +132,33 @@ def explain(
     _check_arguments(model, inputs, names, given=names & kwargs.keys())
     breaks = _torch.graph_breaks()
     with _torch.fake_mode(), torch.enable_grad():
-        model, args, inputs = _faked((_torch.uncompiled(model), args, inputs))
-        analyser = _Analyser(config, like_eager, given=_torch.tree_leaves((args, inputs)))
+        model, args, inputs = faked((_torch.uncompiled(model), args, inputs))
+        given_tensors = _torch.tree_leaves((args, inputs))
+        analyse = functools.partial(_analyse, config)
+        analyser = Analyser(config, analyse, given_tensors, like_eager=like_eager)
         output = _torch.call_compiled(model, analyser, args, inputs)
         outside = _memory_of_loss(output, loss)
         eager, saved = _memory_of_eager(model, args, inputs, loss)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    lasting = _bytes([*model.parameters(), *model.buffers()])
-    given = _bytes(_torch.tree_leaves((args, inputs)))
+    lasting = storage_bytes([*model.parameters(), *model.buffers()])
+    given = storage_bytes(_torch.tree_leaves((args, inputs)))
     memory = {}
     for way in VARIANTS:
-        gradients, scratch = _bytes(weights), 0
+        gradients, scratch = storage_bytes(weights), 0
         timeline: Sequence[Moment] = eager
         if way != "eager":
             graphs = [found.memory[way] for found in analyser.found]
             saved = sum(graph.saved for graph in graphs)
             timeline = step_timeline(graphs, outside)
         if way == SKETCHED:
-            gradients, scratch = analyser.sketched(weights)
+            planned = [(found.graphs["sketched"].plan, found.inputs) for found in analyser.found]
+            sizes, scratch = sketched_sizes(weights, planned)
+            gradients = sum(elements * itemsize for elements, itemsize in sizes)
         states = STATES[optimizer] * gradients
         if way in (DENSE, SKETCHED):
-            states += analyser.projection_bytes("dense" if way == DENSE else "sketched")
+            gradient_mode = "dense" if way == DENSE else "sketched"
+            plans = [found.graphs[gradient_mode].plan for found in analyser.found]
+            states += sum(plan.account.projection_bytes for plan in plans)
         step = Moment("optimizer", "step", gradients + scratch)
         base = lasting + states + given
         moments = tuple(replace(m, bytes=base + m.bytes) for m in (*timeline, step))
@@ -205,35 +213,49 @@ class _Found:
     inputs: Sequence[Any]
 
 
-class _Analyser:
-    """A backend that analyses graphs and runs them as they are."""
+T = TypeVar("T")
 
-    def __init__(self, config: CompactConfig, like_eager: bool, given: Iterable[Any]) -> None:
-        self._given = {_torch.storage_id(t) for t in given if _is_tensor(t)}
+
+class Analyser(Generic[T]):
+    """A backend that analyses graphs and runs them as they are.
+
+    Args:
+        analyse: called with a joint graph, the graph's inputs, and the indices of those that
+            another graph makes.
+        given: inputs of the whole model.
+
+    Attributes:
+        found: what `analyse` has made of each graph.
+    """
+
+    def __init__(
+        self,
+        config: CompactConfig,
+        analyse: Callable[[JointGraph, Sequence[Any], set[int]], T],
+        given: Iterable[Any],
+        *,
+        like_eager: bool = False,
+    ) -> None:
         self._config = config
+        self._analyse = analyse
+        self._given = {_torch.storage_id(t) for t in given if _is_tensor(t)}
         self._like_eager = like_eager
         self._options = _torch.inductor_options(config.mode, config.options)
-        self.found: list[_Found] = []
+        self.found: list[T] = []
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         compiler = GraphCompiler(self._config, self._options, module, inputs)
         # A graph without weights keeps tensors too.
         if compiler.trains() or any(_is_tensor(t) and t.requires_grad for t in inputs):
             found = compiler.visit(
-                lambda joint: self._analyse(joint, inputs), like_eager=self._like_eager
+                lambda joint: self._analyse(joint, inputs, self._intermediate(joint, inputs)),
+                like_eager=self._like_eager,
             )
             self.found += [found] if found is not None else []
         return module.forward
 
-    def _analyse(self, joint: JointGraph, inputs: Sequence[Any]) -> _Found:
-        joint = named(joint)
-        graphs = {
-            gradients: CompactedGraphs(
-                joint, choose_sites(joint, replace(self._config, gradients=gradients))
-            )
-            for gradients in ("dense", "sketched")
-        }
-        intermediate = {
+    def _intermediate(self, joint: JointGraph, inputs: Sequence[Any]) -> set[int]:
+        return {
             index
             for index, value in enumerate(inputs)
             if _is_tensor(value)
@@ -241,41 +263,51 @@ class _Analyser:
             and _torch.storage_id(value) not in self._given
             and index not in joint.buffers
         }
-        cuts = {
-            COMPILED: graphs["dense"].cut_before,
-            DENSE: graphs["dense"].cut,
-            SKETCHED: graphs["sketched"].cut,
-        }
-        memory = {
-            way: graph_memory(cut, joint, intermediate, with_reuse=cut is cuts[COMPILED])
-            for way, cut in cuts.items()
-        }
-        return _Found(graphs, memory, inputs)
 
-    def projection_bytes(self, gradients: str) -> int:
-        """What tracked projections hold from step to step."""
-        plans = (found.graphs[gradients].plan for found in self.found)
-        return sum(plan.account.projection_bytes for plan in plans)
 
-    def sketched(self, weights: Sequence[Tensor]) -> tuple[int, int]:
-        """Bytes of all gradients, and what the compact optimizer needs for its step."""
-        sizes = {id(weight): _bytes([weight]) for weight in weights}
-        factors = projections = 0
-        for found in self.found:
-            plan = found.graphs["sketched"].plan
-            for role in plan.factor_inputs:
-                weight = found.inputs[role.index]
-                sizes[id(weight)] = math.prod(role.shape) * weight.element_size()
-                factors += sizes[id(weight)]
-                p = plan.projections[role.projection]
-                projections = max(projections, p.features * p.rank * p.dtype.itemsize)
-        return sum(sizes.values()), factors + projections
+def _analyse(
+    config: CompactConfig, joint: JointGraph, inputs: Sequence[Any], intermediate: set[int]
+) -> _Found:
+    joint = named(joint)
+    graphs = {
+        gradients: CompactedGraphs(joint, choose_sites(joint, replace(config, gradients=gradients)))
+        for gradients in ("dense", "sketched")
+    }
+    cuts = {
+        COMPILED: graphs["dense"].cut_before,
+        DENSE: graphs["dense"].cut,
+        SKETCHED: graphs["sketched"].cut,
+    }
+    memory = {
+        way: graph_memory(cut, joint, intermediate, with_reuse=cut is cuts[COMPILED])
+        for way, cut in cuts.items()
+    }
+    return _Found(graphs, memory, inputs)
+
+
+def sketched_sizes(
+    weights: Sequence[Tensor], planned: Iterable[tuple[Plan, Sequence[Any]]]
+) -> tuple[list[tuple[int, int]], int]:
+    """Elements of all gradients and their bytes each, and what a compact optimizer's step needs.
+
+    planned: for each graph, its plan and its inputs.
+    """
+    sizes = {id(weight): (weight.numel(), weight.element_size()) for weight in weights}
+    factors = projections = 0
+    for plan, inputs in planned:
+        for role in plan.factor_inputs:
+            weight = inputs[role.index]
+            sizes[id(weight)] = math.prod(role.shape), weight.element_size()
+            factors += math.prod(role.shape) * weight.element_size()
+            p = plan.projections[role.projection]
+            projections = max(projections, p.features * p.rank * p.dtype.itemsize)
+    return list(sizes.values()), factors + projections
 
 
 # --- what runs eagerly ---------------------------------------------------------------------------
 
 
-def _faked(value: Any) -> Any:
+def faked(value: Any) -> Any:
     """A deep copy with fake tensors in place of all tensors; "meta" becomes the CPU."""
     memo: dict[int, Any] = {}
 
@@ -340,7 +372,7 @@ def _memory_of_loss(output: Any, loss: Callable[[Any], Tensor] | None) -> tuple[
         live.phase = "backward"
         if scalar.grad_fn is not None:
             scalar.backward()  # type: ignore[no-untyped-call]
-    here = _bytes(leaves)
+    here = storage_bytes(leaves)
     return tuple(replace(moment, bytes=here + moment.bytes) for moment in live.moments)
 
 
@@ -368,7 +400,7 @@ def _memory_of_eager(
     return tuple(live.moments), sum(saved.values())
 
 
-def _bytes(tensors: Iterable[Any]) -> int:
+def storage_bytes(tensors: Iterable[Any]) -> int:
     """Of their storages, each counted once."""
     storages = {_torch.storage_id(t): t for t in tensors if _is_tensor(t)}
     return sum(t.untyped_storage().nbytes() for t in storages.values())

@@ -68,6 +68,11 @@ def _top(signed: bool) -> int:
     return 127 if signed else 255
 
 
+def stored_bytes(elements: int) -> int:
+    """What a moment with so many elements takes where moments are in 8 bits."""
+    return elements + 4 * -(-elements // BLOCK) if elements >= SMALLEST else 4 * elements
+
+
 # --- states --------------------------------------------------------------------------------------
 
 

@@ -64,6 +64,12 @@ class _Step:
 # Elements of stand-ins with moments in 8 bits that are stepped at once: with all that is in float32
 # then, some 16 to 24 bytes for each are alive. A larger weight is stepped alone.
 _MOST_ELEMENTS = 2**24
+_MOST_BYTES = 24
+
+
+def step_bytes(elements: int, largest: int) -> int:
+    """What a step needs at most where moments are in 8 bits: of all gradients, and the largest."""
+    return _MOST_BYTES * min(elements, max(_MOST_ELEMENTS, largest))
 
 
 class CompactOptimizer(torch.optim.Optimizer):

@@ -1,5 +1,6 @@
 """The command line: tables, JSON, graphs; and one line for whatever a person gets wrong."""
 
+import argparse
 import json
 import re
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from compact_fx.__main__ import main
+from compact_fx.__main__ import _size, main
 
 TINY = Path(__file__).parents[2] / "examples" / "configs" / "llama_tiny.json"
 SMALL = ["--layers", "1", "--batch", "2", "--seq", "32"]
@@ -63,6 +64,46 @@ def test_explain_as_json(capsys):
     assert sites["lm_head.weight"]["reason"] == "in exclude"
     assert {saved["dtype"] for saved in graph["saved_after"]} >= {"float32"}
     assert data["memory"]["eager"]["optimizer"] == 0
+
+
+@pytest.mark.long
+def test_fit(capsys):
+    """A recommendation in code, a table of what fits, and that it is a prediction."""
+    command = ["fit", "--hf-config", str(TINY), "--seq", "32", "--rank", "0.25", "--gpu", "200MB"]
+    assert main([*command, "--reserve", "20MiB", "--exclude", "*.q_proj.*"]) == 0
+    first, _, _, *rest = capsys.readouterr().out.splitlines()
+    assert first.startswith("compact_backend(rank=0.25, exclude=('*.q_proj.*',)")
+    assert "CompactAdamW(params" in first
+    assert {row.split()[3] for row in rest[1:9]} == {"yes", "no"}
+    assert "Predicted, not measured." in "\n".join(rest)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpu", "1GB"], "--reserve 1000000000 bytes must be less than --gpu 1000000000"),
+        (["--gpu", "24GB", "--tflops", "0"], "--tflops 0.0 must be"),
+        (["--gpu", "24GB", "--batch", "0"], "--batch 0 must be ≥ 1"),
+        (["--gpu", "24GB", "--rank", "0.25", "2.0"], "rank=2.0 must be a float in"),
+    ],
+)
+def test_impossible_gpus(capsys, options, message):
+    """One line, before anything is traced."""
+    assert main(["fit", "--hf-config", str(TINY), *options]) == 2
+    check_error(capsys, message)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GB", 24 * 10**9), ("80GiB", 80 * 2**30), ("1.5 TB", 1.5e12), ("24", None), ("x GB", None)],
+)
+def test_sizes(text, size):
+    """Decimal and binary units; none is an error."""
+    if size is not None:
+        assert _size(text) == size
+        return
+    with pytest.raises(argparse.ArgumentTypeError, match="no number with one of MB, MiB, GB"):
+        _size(text)
 
 
 @pytest.mark.parametrize("with_dot", [True, False])

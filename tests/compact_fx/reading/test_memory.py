@@ -6,10 +6,10 @@ from torch import nn
 from compact_fx import explain
 from compact_fx.passes.live_bytes import (
     GraphMemory,
+    Kernel,
     Moment,
     _fused_side_by_side,
     _keep_for_reuse,
-    _Kernel,
     graph_memory,
 )
 from compact_fx.reading.explanation import COMPILED, DENSE, SKETCHED
@@ -66,8 +66,8 @@ def test_one_kernel_makes_what_is_rebuilt_and_what_the_norm_passes_on():
     x, rebuilt, factor, dy, dnorm, row, dx = range(7)
     sizes = {x: 256, rebuilt: 256, factor: 16, dy: 256, dnorm: 256, row: 4, dx: 256}
 
-    def kernel(name: str, reads: set[int], writes: set[int], elements: int = 0) -> _Kernel:
-        return _Kernel(name, frozenset(reads), frozenset(writes), elements)
+    def kernel(name: str, reads: set[int], writes: set[int], elements: int = 0) -> Kernel:
+        return Kernel(name, frozenset(reads), frozenset(writes), elements)
 
     kernels = [
         kernel("norm", {x}, {rebuilt}, 64),
