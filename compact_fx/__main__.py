@@ -163,7 +163,7 @@ def _fit(args: argparse.Namespace) -> None:
         if checkpointing:
             with warnings.catch_warnings():  # transformers 5 has another name for it
                 warnings.simplefilter("ignore", FutureWarning)
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+                model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         return model
 
     settings = CompactConfig(
