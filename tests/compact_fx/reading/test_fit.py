@@ -158,6 +158,6 @@ def test_bytes_of_moments_in_8_bits():
     """As they are stored."""
     for elements in (100, low_bit.SMALLEST, low_bit.SMALLEST + 1):
         state = {"exp_avg": torch.zeros(elements), "exp_avg_sq": torch.zeros(elements)}
-        low_bit.encode(state, SIGNS)
+        low_bit.encode([state], SIGNS)
         stored = sum(t.nbytes for name, t in state.items() if name != low_bit.ROUNDINGS)
         assert stored == 2 * low_bit.stored_bytes(elements)
