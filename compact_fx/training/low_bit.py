@@ -92,7 +92,9 @@ def encode(states: Iterable[dict[str, Any]], signs: Mapping[str, bool]) -> None:
         values = [state[name] for state in members]
         flat = torch.cat([value.flatten() for value in values])
         codes, scale = _run(quantize, signs[name], flat, noise_of(count, name, device))
-        parts = zip(members, values, *_split(values, codes, scale), strict=True)
+        # Of their own: one weight that is not stepped again would keep all of them alive.
+        owned = (_owned(tensors) for tensors in _split(values, codes, scale))
+        parts = zip(members, values, *owned, strict=True)
         for state, value, own, own_scale in parts:
             state[name], state[name + _SCALE] = own.view(value.shape), own_scale
 
@@ -128,6 +130,13 @@ def _split(
     sizes = [value.numel() for value in values]
     blocks = [-(-size // BLOCK) for size in sizes]
     return torch.split(flat, sizes), torch.split(scale, blocks)
+
+
+def _owned(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Copies with memory of their own, in one launch."""
+    copies = [torch.empty_like(part) for part in parts]
+    torch._foreach_copy_(copies, parts)
+    return copies
 
 
 def check(state: Mapping[str, Any], signs: Mapping[str, bool], whose: str) -> dict[str, Any]:

@@ -201,6 +201,40 @@ def test_bytes_of_a_state():
     assert sum(storage.nbytes() for storage in storages.values()) == expected
 
 
+def test_a_weight_that_is_not_stepped_keeps_no_memory_of_others():
+    weights = [nn.Parameter(torch.randn(64, 128)) for _ in range(3)]
+    optimizer = CompactAdamW(weights, state_dtype="fp8")
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    for state in optimizer.state.values():
+        for value in state.values():
+            assert value.untyped_storage().nbytes() == value.nbytes
+
+
+@pytest.mark.parametrize("loaded", ["fp8", None])
+def test_fused_kernels_find_moments_laid_out_as_weights(loaded):
+    def train(is_transposed):
+        generator = torch.Generator().manual_seed(0)
+
+        def values():
+            drawn = torch.randn(128, 64, generator=generator)
+            return drawn.t().contiguous().t() if is_transposed else drawn
+
+        weight = nn.Parameter(values())
+        optimizer = CompactAdamW([weight], state_dtype="fp8", fused=True)
+        for step in range(4):
+            if step == 2:
+                saved = copy.deepcopy(optimizer.state_dict())
+                optimizer = CompactAdamW([weight], state_dtype=loaded, fused=True)
+                optimizer.load_state_dict(saved)
+            weight.grad = values()
+            optimizer.step()
+        return weight.detach()
+
+    assert torch.allclose(train(True), train(False), atol=1e-6)
+
+
 @pytest.mark.parametrize("restore", ["load", "deepcopy", "pickle"])
 def test_a_copy_goes_on_to_the_bit(restore):
     """Roundings at random are part of the state; no generator of torch's is used."""
