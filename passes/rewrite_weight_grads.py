@@ -209,6 +209,8 @@ def _let_go_of_activation(graph: fx.Graph, factor: fx.Node, dy: fx.Node, positio
 
         dx = aten.mm(dy, W)                           # x is made by the kernel that reads dx
         dx = aten.addmm(factor[0], dy, W, beta=0)     # the same; x was made, read and let go before
+
+    What is not finite in factor[0] is 0: Inductor may multiply it by beta, and 0 · NaN is NaN.
     """
     if factor.meta["val"].dim() != 2:
         return
@@ -226,7 +228,9 @@ def _let_go_of_activation(graph: fx.Graph, factor: fx.Node, dy: fx.Node, positio
         with graph.inserting_before(max(product, factor).next):
             (after,) = inline(
                 graph,
-                lambda f, *operands: torch.addmm(f.select(1 - position, 0), *operands, beta=0),
+                lambda f, *operands: torch.addmm(
+                    finite_of(f.select(1 - position, 0)), *operands, beta=0
+                ),
                 factor,
                 *product.args,  # type: ignore[arg-type]
             )

@@ -1,6 +1,7 @@
 """Moments in 8 bits: small floats, relative to the largest of their block."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -82,7 +83,7 @@ def encode(states: Iterable[dict[str, Any]], signs: Mapping[str, bool]) -> None:
     Args:
         signs: by the names of moments, whether they have one.
     """
-    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    alike: dict[tuple[Any, ...], list[tuple[int, dict[str, Any]]]] = {}
     for state in states:
         large = [name for name in signs if _is_large(state.get(name))]
         if not large:
@@ -90,15 +91,17 @@ def encode(states: Iterable[dict[str, Any]], signs: Mapping[str, bool]) -> None:
         count = int(state.get(ROUNDINGS, 0))
         state[ROUNDINGS] = torch.tensor(count + 1, dtype=torch.int64)
         for name in large:
-            moment = state[name]
-            key = (name, count, moment.device, moment.dtype, _alone(moment, state))
-            alike.setdefault(key, []).append(state)
-    for (name, count, device, *_), members in alike.items():
-        values = [state[name] for state in members]
-        flat = torch.cat([value.flatten() for value in values])
-        codes, scale = _run(quantize, signs[name], flat, noise_of(count, name, device))
-        parts = zip(members, values, *_split(values, codes, scale), strict=True)
-        for state, value, own, own_scale in parts:
+            key = (name, state[name].device, state[name].dtype)
+            alike.setdefault(key, []).append((count, state))
+    for (name, device, _), members in alike.items():
+        values = [state[name] for _, state in members]
+        noise = noise_of(max(count for count, _ in members), name, device)
+        codes, scale = _run(quantize, signs[name], _joined(values), noise)
+        # Of their own: one weight that is not stepped again would keep all of them alive.
+        codes_of, scale_of = _owned(_parts(values, codes)), _owned(_parts(values, scale, 1))
+        for (_, state), value, own, own_scale in zip(
+            members, values, codes_of, scale_of, strict=True
+        ):
             state[name], state[name + _SCALE] = own.view(value.shape), own_scale
 
 
@@ -109,30 +112,46 @@ def decode(states: Iterable[Mapping[str, Any]], signs: Mapping[str, bool]) -> li
     for state in decoded:
         for name in signs:
             if name + _SCALE in state:
-                codes = state[name]
-                alike.setdefault((name, codes.device, _alone(codes, state)), []).append(state)
-    for (name, *_), members in alike.items():
+                alike.setdefault((name, state[name].device), []).append(state)
+    for (name, _), members in alike.items():
         values = [state[name] for state in members]
-        flat = torch.cat([value.flatten() for value in values])
-        scale = torch.cat([state.pop(name + _SCALE) for state in members])
-        numbers, _ = _split(values, _run(dequantize, signs[name], flat, scale), scale)
-        for state, value, own in zip(members, values, numbers, strict=True):
+        scales = [state.pop(name + _SCALE) for state in members]
+        flat = _run(dequantize, signs[name], _joined(values), _joined(scales, 1))
+        for state, value, own in zip(members, values, _parts(values, flat), strict=True):
             state[name] = own.view(value.shape)
     return decoded
 
 
-def _alone(values: Tensor, state: Mapping[str, Any]) -> int:
-    """0 for values that end with a block: others' may follow; a number of their own for others."""
-    return 0 if values.numel() % BLOCK == 0 else id(state)
+def _joined(values: Sequence[Tensor], block: int = BLOCK) -> Tensor:
+    """All in a row, each from a block of its own, and zeros up to one of few lengths.
+
+    Each length is a kernel to compile; eight for a power of two take an eighth more at the most.
+    """
+    rows = [value.flatten() for value in values]
+    rows = [F.pad(row, (0, -len(row) % block)) if len(row) % block else row for row in rows]
+    blocks = sum(map(len, rows)) // block
+    missing = -blocks % (1 << max(0, blocks.bit_length() - 4))
+    return torch.cat([*rows, rows[0].new_zeros(missing * block)]) if missing else torch.cat(rows)
 
 
-def _split(
-    values: Sequence[Tensor], flat: Tensor, scale: Tensor
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """What belongs to each of some tensors, of what belongs to all."""
-    sizes = [value.numel() for value in values]
-    blocks = [-(-size // BLOCK) for size in sizes]
-    return torch.split(flat, sizes), torch.split(scale, blocks)
+def _parts(values: Sequence[Tensor], flat: Tensor, block: int = BLOCK) -> list[Tensor]:
+    """What belongs to each of some tensors, of what was made of all in a row.
+
+    block: of its elements, for one of 256 elements of a tensor.
+    """
+    blocks = [-(-value.numel() // BLOCK) for value in values]
+    starts = itertools.accumulate(blocks, initial=0)
+    parts = (flat[block * i : block * (i + n)] for i, n in zip(starts, blocks, strict=False))
+    if block == 1:
+        return list(parts)
+    return [part[: value.numel()] for part, value in zip(parts, values, strict=True)]
+
+
+def _owned(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Copies with memory of their own, in one launch."""
+    copies = [torch.empty_like(part) for part in parts]
+    torch._foreach_copy_(copies, parts)
+    return copies
 
 
 def check(state: Mapping[str, Any], signs: Mapping[str, bool], whose: str) -> dict[str, Any]:

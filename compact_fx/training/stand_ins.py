@@ -61,6 +61,15 @@ class _Step:
     group: dict[str, Any]
 
 
+def _lay_out(state: dict[str, Any], weight: Tensor) -> None:
+    """Let moments of a dense weight lie in memory as it does: fused kernels take it for granted."""
+    for name in moments.SIGNS:
+        moment = state.get(name)
+        is_number = isinstance(moment, Tensor) and moment.is_floating_point()
+        if is_number and moment.shape == weight.shape and moment.stride() != weight.stride():
+            state[name] = torch.empty_like(weight, dtype=moment.dtype).copy_(moment)
+
+
 # Elements of stand-ins with moments in 8 bits that are stepped at once: with all that is in float32
 # then, some 16 to 24 bytes for each are alive. A larger weight is stepped alone.
 _MOST_ELEMENTS = 2**24
@@ -309,6 +318,7 @@ class CompactOptimizer(torch.optim.Optimizer):
             assert weight.grad is not None
             stand_in.grad = weight.grad.to(dtype)
         state = states[weight]
+        _lay_out(state, stand_in)
         self.state.pop(weight, None)
         if state:
             self.state[stand_in] = state
@@ -509,6 +519,9 @@ class CompactOptimizer(torch.optim.Optimizer):
                 self.state[weight].update(moments.names_of(bases[weight], steps[weight]))
             elif not self.state.get(weight, True):
                 del self.state[weight]  # it held no more than the steps of the weight
+        for weight in weights:
+            if weight not in bases:
+                _lay_out(self.state.get(weight, {}), weight)
         self._restore_records(
             {w: n for w, n in steps.items() if known_record(w) or (n and w.dim() > 1)}, now
         )

@@ -201,6 +201,40 @@ def test_bytes_of_a_state():
     assert sum(storage.nbytes() for storage in storages.values()) == expected
 
 
+def test_a_weight_that_is_not_stepped_keeps_no_memory_of_others():
+    weights = [nn.Parameter(torch.randn(64, 128)) for _ in range(3)]
+    optimizer = CompactAdamW(weights, state_dtype="fp8")
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    for state in optimizer.state.values():
+        for value in state.values():
+            assert value.untyped_storage().nbytes() == value.nbytes
+
+
+@pytest.mark.parametrize("loaded", ["fp8", None])
+def test_fused_kernels_find_moments_laid_out_as_weights(loaded):
+    def train(is_transposed):
+        generator = torch.Generator().manual_seed(0)
+
+        def values():
+            drawn = torch.randn(128, 64, generator=generator)
+            return drawn.t().contiguous().t() if is_transposed else drawn
+
+        weight = nn.Parameter(values())
+        optimizer = CompactAdamW([weight], state_dtype="fp8", fused=True)
+        for step in range(4):
+            if step == 2:
+                saved = copy.deepcopy(optimizer.state_dict())
+                optimizer = CompactAdamW([weight], state_dtype=loaded, fused=True)
+                optimizer.load_state_dict(saved)
+            weight.grad = values()
+            optimizer.step()
+        return weight.detach()
+
+    assert torch.allclose(train(True), train(False), atol=1e-6)
+
+
 @pytest.mark.parametrize("restore", ["load", "deepcopy", "pickle"])
 def test_a_copy_goes_on_to_the_bit(restore):
     """Roundings at random are part of the state; no generator of torch's is used."""
@@ -440,6 +474,32 @@ def test_sharded_weights_are_refused(process_group):
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
     with pytest.raises(ValueError, match=r'state_dtype="fp8" .* type DTensor'):
         CompactAdamW(model.parameters(), state_dtype="fp8")
+
+
+def test_all_weights_are_rounded_at_once_and_in_few_lengths(monkeypatch):
+    """Also of odd sizes and other numbers of steps: a length is a kernel to compile."""
+    calls = []
+
+    def run(function, signed, first, *others):
+        calls.append((function, signed, first.numel()))
+        return function(first, *others, signed=signed)
+
+    monkeypatch.setattr(low_bit, "_run", run)
+    states = [{"exp_avg": spread(n), "exp_avg_sq": spread(n, signed=False)} for n in (4097, 5120)]
+    low_bit.encode(states[:1], SIGNS)
+    states[0] = low_bit.decode(states[:1], SIGNS)[0]
+    before = [{k: v.clone() for k, v in state.items()} for state in states]
+    calls.clear()
+    low_bit.encode(states, SIGNS)
+    decoded = low_bit.decode(states, SIGNS)
+    assert len(calls) == 4
+    for old, new in zip(before, decoded, strict=True):
+        for name in SIGNS.keys() & old.keys():
+            assert ((new[name] - old[name]).abs() <= old[name].abs() / 7 + 1e-7).all()
+    lengths = {len(low_bit._joined([torch.empty(256 * n)])) for n in range(1, 4097)}
+    assert len(lengths) < 8 * 13
+    for n in (1, 17, 4095):
+        assert 256 * n <= len(low_bit._joined([torch.empty(256 * n)])) <= 256 * n * 1.125
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
