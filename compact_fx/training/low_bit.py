@@ -147,7 +147,7 @@ def _parts(values: Sequence[Tensor], flat: Tensor, block: int = BLOCK) -> list[T
     return [part[: value.numel()] for part, value in zip(parts, values, strict=True)]
 
 
-def _owned(parts: Sequence[Tensor]) -> list[Tensor]:
+def _owned(parts: list[Tensor]) -> list[Tensor]:
     """Copies with memory of their own, in one launch."""
     copies = [torch.empty_like(part) for part in parts]
     torch._foreach_copy_(copies, parts)

@@ -65,8 +65,9 @@ def _lay_out(state: dict[str, Any], weight: Tensor) -> None:
     """Let moments of a dense weight lie in memory as it does: fused kernels take it for granted."""
     for name in moments.SIGNS:
         moment = state.get(name)
-        is_number = isinstance(moment, Tensor) and moment.is_floating_point()
-        if is_number and moment.shape == weight.shape and moment.stride() != weight.stride():
+        if not (isinstance(moment, Tensor) and moment.is_floating_point()):
+            continue
+        if moment.shape == weight.shape and moment.stride() != weight.stride():
             state[name] = torch.empty_like(weight, dtype=moment.dtype).copy_(moment)
 
 
