@@ -13,9 +13,11 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compact_fx import CompactAdamW, CompactBackend, compact_backend, exchange_factors
+from compact_fx.training.weights import known_record
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 STEPS, BATCH = 6, 2
+SKETCHED = "model.layers.0.mlp.down_proj.weight"
 TEXTS = [(torch.arange(16) * (1 + index % 3) + 11 * index) % 64 for index in range(64)]
 
 Result = tuple[list[float], nn.Module]
@@ -142,7 +144,8 @@ def main() -> None:
     runs = {"trainer": of_trainer, "accelerate": of_accelerate, "lightning": of_lightning}
     losses, model = runs[framework](accumulation, folder)
     of_steps = torch.tensor(losses).view(STEPS, -1).mean(1)
-    torch.save((of_steps, model.state_dict()), folder / f"{RANKS}-{RANK}.pt")
+    generation = known_record(model.get_parameter(SKETCHED)).basis.version.generation
+    torch.save((of_steps, model.state_dict(), generation), folder / f"{RANKS}-{RANK}.pt")
 
 
 if __name__ == "__main__":

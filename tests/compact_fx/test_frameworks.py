@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from compact_fx.integrations import CompactCallback
-
 ROOT = Path(__file__).parents[2]
 
 
 def run(processes, *arguments):
-    """Losses of steps and the model's state, of each process."""
+    """Of each process: losses of steps, the model's state, and how often P has changed."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
@@ -33,10 +31,13 @@ def run(processes, *arguments):
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("framework", ["trainer", "accelerate", "lightning"])
 def test_two_processes_are_one(framework, accumulation, tmp_path):
-    """Sketched gradients, tracked projections that change twice, clipping: the same losses."""
+    """Sketched gradients, tracked projections that change, clipping: the same losses."""
+    pytest.importorskip("pytorch_lightning" if framework == "lightning" else "accelerate")
     script = str(Path(__file__).with_name("frameworks.py"))
-    [(expected, _)] = run(1, script, framework, str(2 * accumulation), str(tmp_path))
-    (first, weights), (second, others) = run(2, script, framework, str(accumulation), str(tmp_path))
+    [(expected, _, generation)] = run(1, script, framework, str(2 * accumulation), str(tmp_path))
+    (first, weights, _), (second, others, _) = run(
+        2, script, framework, str(accumulation), str(tmp_path)
+    )
     torch.testing.assert_close((first + second) / 2, expected, rtol=1e-4, atol=0.0)
-    assert expected.unique().numel() == len(expected)  # every step has changed something
+    assert generation == 3
     assert all(torch.equal(weights[name], others[name]) for name in weights)
