@@ -6,6 +6,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from compact_fx.backend import CompactBackend
+from compact_fx.training.distributed import exchange_factors
 from compact_fx.training.weights import set_steps
 
 
@@ -18,11 +19,20 @@ class CompactCallback(TrainerCallback):  # type: ignore[misc]
         trainer = Trainer(model, args, ..., callbacks=[CompactCallback(backend)])
 
     Leave `torch_compile` off. State-dict keys stay as they are. With `gradients="sketched"` give
-    the Trainer a `CompactAdamW` as well: `Trainer(..., optimizers=(optimizer, None))`.
+    the Trainer a `CompactAdamW` as well: `Trainer(..., optimizers=(optimizer, None))`. Of several
+    processes it calls `exchange_factors` where that is needed.
     """
 
     def __init__(self, backend: CompactBackend) -> None:
         self.backend = backend
+
+    def on_init_end(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        """With several processes: say what they exchange before the Trainer wraps the model."""
+        config = self.backend.config
+        if model is not None and (config.gradients == "sketched" or config.kind == "tracked"):
+            exchange_factors(model)
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any

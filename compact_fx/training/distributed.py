@@ -17,14 +17,15 @@ def exchange_factors(model: nn.Module, process_group: "dist.ProcessGroup | None"
     From then on DistributedDataParallel leaves weights of two and more dimensions alone, but those
     of embeddings. They get the first rank's values here, and their gradients are averaged over
     ranks as they arrive: as factors where sketched, dense elsewhere. Without torch.distributed
-    nothing is done.
+    nothing is done. A call for each DistributedDataParallel that is made of the model is in order.
 
     Args:
         model: what DistributedDataParallel is given, on all ranks.
         process_group: what it will use; all processes by default.
 
     Raises:
-        ValueError: ranks have other weights, or DistributedDataParallel would have none left.
+        ValueError: ranks have other weights, DistributedDataParallel would have none left, or a
+            call before this one was for other weights or processes.
     """
     if not _is_initialized():
         return
@@ -36,21 +37,28 @@ def exchange_factors(model: nn.Module, process_group: "dist.ProcessGroup | None"
     model = _torch.uncompiled(model)
     weights, others = _weights_of(model)
     records = [record_of(weight) for weight in weights.values()]
-    if any(record.exchange is not None for record in records):
-        raise ValueError("exchange_factors was called for a weight of this model before")
+    before = {record.exchange for record in records} - {None}
+    if any(e is not None and not e.is_of(weights, process_group) for e in before):
+        raise ValueError(
+            "exchange_factors was called for weights of this model before, with another module, "
+            "other weights that require a gradient, or another process_group: call it once "
+            "for all, with the module that DistributedDataParallel is given"
+        )
     if not others:
         raise ValueError(
             "DistributedDataParallel needs a parameter that requires a gradient besides those that "
             'exchange_factors takes, such as a bias or a norm: use gradients="dense" without '
             "exchange_factors, or leave one more parameter unfrozen"
         )
-    exchange = Exchange(
+    exchange = next(iter(before), None) or Exchange(
         weights, process_group, lambda: sum(i * r.steps for i, r in enumerate(records, 1))
     )
     exchange.check_weights()
     _torch.ignore_in_ddp(model, weights.values())
     exchange.send_weights()
     for (name, weight), record in zip(weights.items(), records, strict=True):
+        if record.exchange is not None:
+            continue
         record.exchange, record.name = exchange, name
         weight.register_post_accumulate_grad_hook(_on_dense)  # type: ignore[no-untyped-call]
 

@@ -125,6 +125,15 @@ class Exchange:
         self._note: _Note | None = None
         self._wraps: weakref.ref[Any] | None = None
 
+    def is_of(self, weights: Mapping[str, Tensor], group: "dist.ProcessGroup | None") -> bool:
+        """Whether it is between these ranks, of these weights under these names."""
+        own = {name: reference() for name, reference in self._weights.items()}
+        return (
+            own.keys() == weights.keys()
+            and all(own[name] is weight for name, weight in weights.items())
+            and self.ranks == dist.get_process_group_ranks(group)
+        )
+
     # --- before and while backward runs ----------------------------------------------------------
 
     def begin_forward(self, ddp: Any) -> None:

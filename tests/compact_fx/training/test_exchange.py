@@ -54,7 +54,7 @@ FAULTS = {
     "too late": r"comes before DistributedDataParallel\(model\)",
     "other names": "DistributedDataParallel exchanges up.weight as well",
     "nothing left": "needs a parameter that requires a gradient besides",
-    "called twice": "was called for a weight of this model before",
+    "another module": "was called for weights of this model before, with another module",
     "another seed later": "gradients came on 1 of 2 ranks that came on none before",
     "a new layer on one rank": "gradients came on 1 of 2 ranks that came on none before",
 }
@@ -64,6 +64,7 @@ SAME_GRADIENTS = {
     "three passes, one weight dense": "three passes",
     "three passes, synced": "three passes",
     "an eager pass": "three passes",
+    "wrapped again": "three passes",
     "two graphs": "two graphs",
     "tied": "tied",
     "checkpointed": "checkpointed",

@@ -277,6 +277,21 @@ def synced_passes() -> Any:
     return gradients(model)
 
 
+def wrapped_again() -> Any:
+    """A second DistributedDataParallel of the model; the first rank's values come once more."""
+    model, step = wrapped(FULL)
+    loss_of(step, 0).backward()
+    model.zero_grad()
+    if RANK:
+        with torch.no_grad():
+            model.up.weight.add_(1)
+    exchange_factors(model)
+    step = torch.compile(DistributedDataParallel(model), backend=compact(**FULL))
+    for number in (0, 1, 2):
+        loss_of(step, number).backward()
+    return gradients(model)
+
+
 def traffic(settings: dict[str, Any]) -> int:
     """Numbers that one backward pass sends."""
     torch._dynamo.reset()
@@ -448,10 +463,10 @@ def nothing_left() -> None:
     exchange_factors(nn.Linear(8, 8, bias=False))
 
 
-def called_twice() -> None:
+def another_module() -> None:
     model = Net()
     exchange_factors(model)
-    exchange_factors(model)
+    exchange_factors(nn.Sequential(model))
 
 
 def another_seed_later() -> None:
@@ -496,7 +511,7 @@ FAULTS = {
     "too late": too_late,
     "other names": other_names,
     "nothing left": nothing_left,
-    "called twice": called_twice,
+    "another module": another_module,
     "another seed later": another_seed_later,
     "a new layer on one rank": a_new_layer_on_one_rank,
     "sketched and unused on one rank": lambda: unused(FULL),
@@ -510,6 +525,7 @@ TOGETHER: dict[str, Callable[[], Any]] = FAULTS | {
     "three passes, blocks": lambda: three_passes(FULL, "blocks"),
     "three passes, synced": synced_passes,
     "an eager pass": an_eager_pass,
+    "wrapped again": wrapped_again,
     "two graphs": two_graphs,
     "traffic, sketched": lambda: traffic(QUARTER),
     "traffic, dense": lambda: traffic(QUARTER | {"gradients": "dense", "projection": "gaussian"}),

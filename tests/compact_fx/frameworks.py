@@ -1,0 +1,152 @@
+"""A run under a framework that wraps the model itself; `test_frameworks.py` starts it and judges.
+
+python frameworks.py FRAMEWORK ACCUMULATION FOLDER, alone or as one process of torchrun
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from compact_fx import CompactAdamW, CompactBackend, compact_backend, exchange_factors
+from compact_fx.training.weights import known_record
+
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+STEPS, BATCH = 6, 2
+SKETCHED = "model.layers.0.mlp.down_proj.weight"
+TEXTS = [(torch.arange(16) * (1 + index % 3) + 11 * index) % 64 for index in range(64)]
+
+Result = tuple[list[float], nn.Module]
+"""The loss of each pass, or of each step, and what was trained."""
+
+
+def make() -> tuple[LlamaForCausalLM, CompactBackend]:
+    """Ranks begin apart: the first one's values have to come to all."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=64,
+        use_cache=False,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(RANK)
+    settings = {"inner": "aot_eager", "strict": True, "update_interval": 2}
+    return model, compact_backend(rank=0.25, **settings)
+
+
+def of_trainer(accumulation: int, folder: Path) -> Result:
+    from transformers import Trainer, TrainingArguments
+
+    from compact_fx.integrations import CompactCallback
+
+    model, backend = make()
+    args = TrainingArguments(
+        output_dir=str(folder / "run"),
+        max_steps=STEPS,
+        per_device_train_batch_size=BATCH,
+        gradient_accumulation_steps=accumulation,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        lr_scheduler_type="constant",
+    )
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=[{"input_ids": text, "labels": text} for text in TEXTS],
+        optimizers=(CompactAdamW(model.parameters(), lr=1e-2), None),
+        callbacks=[CompactCallback(backend)],
+    )
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], model
+
+
+def of_accelerate(accumulation: int, folder: Path) -> Result:
+    from accelerate import Accelerator
+
+    model, backend = make()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    exchange_factors(model)
+    model.compile(backend=backend)
+    step, optimizer, batches = accelerator.prepare(
+        model, CompactAdamW(model.parameters(), lr=1e-2), DataLoader(TEXTS, BATCH)
+    )
+    losses: list[float] = []
+    for tokens in batches:
+        with accelerator.accumulate(step):
+            loss = step(input_ids=tokens, labels=tokens).loss
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(step.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+        if len(losses) == STEPS * accumulation:
+            break
+    return losses, model
+
+
+def of_lightning(accumulation: int, folder: Path) -> Result:
+    import pytorch_lightning as lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.backend = make()
+            self.losses: list[float] = []
+
+        def configure_model(self) -> None:
+            self.model.compile(backend=self.backend)
+            exchange_factors(self)
+
+        def training_step(self, tokens: Tensor) -> Tensor:
+            loss: Tensor = self.model(input_ids=tokens, labels=tokens).loss
+            self.losses.append(loss.item())
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return CompactAdamW(self.parameters(), lr=1e-2)
+
+    module = Module()
+    trainer = lightning.Trainer(
+        max_steps=STEPS,
+        accelerator="cpu",
+        devices=RANKS,
+        strategy="ddp" if RANKS > 1 else "auto",
+        accumulate_grad_batches=accumulation,
+        gradient_clip_val=1.0,
+        use_distributed_sampler=False,  # it would shuffle
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    batches = [range(start, start + BATCH) for start in range(0, len(TEXTS), BATCH)]
+    trainer.fit(module, DataLoader(TEXTS, batch_sampler=batches[RANK::RANKS]))
+    return module.losses, module.model
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    framework, accumulation, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    runs = {"trainer": of_trainer, "accelerate": of_accelerate, "lightning": of_lightning}
+    losses, model = runs[framework](accumulation, folder)
+    of_steps = torch.tensor(losses).view(STEPS, -1).mean(1)
+    generation = known_record(model.get_parameter(SKETCHED)).basis.version.generation
+    torch.save((of_steps, model.state_dict(), generation), folder / f"{RANKS}-{RANK}.pt")
+
+
+if __name__ == "__main__":
+    main()
