@@ -70,6 +70,7 @@ ROOMS = {  # each may import itself and those in its set
         "_torch",
         "compiler",
         "config",
+        "errors",
         "passes",
         "plan",
         "projections",
