@@ -76,6 +76,7 @@ def test_train_8b_trains_its_tiny_shape():
     assert "1 of 1 weight gradients sketched" in done.stdout  # the head
 
 
+@pytest.mark.long
 def test_train_8b_counts_its_weights():
     """All that `--count` says of weights and factors is what the model has."""
     command = [sys.executable, str(EXAMPLES / "train_8b.py"), "--count"]

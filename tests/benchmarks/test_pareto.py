@@ -50,6 +50,7 @@ def run(pareto: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     return call
 
 
+@pytest.mark.long
 def test_a_failure_is_listed_and_the_next_call_goes_on(
     pareto: ModuleType, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

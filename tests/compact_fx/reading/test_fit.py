@@ -58,6 +58,7 @@ def explained(found, model: nn.Module, arguments: dict[str, Tensor]) -> int:
     return explain(model, **arguments, **settings).memory[SKETCHED].peak
 
 
+@pytest.mark.long
 def test_peaks_are_those_of_the_whole_graph():
     """Four layers from two and three, a batch of three from another."""
     settings = {"ranks": (0.5,), "checkpointing": (False,), "batch": 3}
