@@ -203,7 +203,7 @@ def is_wrapper(tensor: torch.Tensor) -> bool:
 
 def sharded_parameter_of(weight: torch.Tensor) -> torch.Tensor | None:
     """For what `fully_shard` gathers for a forward: the sharded parameter that optimizers hold."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not is_distributed():
         return None
     from torch.distributed._composable_state import _module_state_mapping
     from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
@@ -223,6 +223,11 @@ def sharded_parameter_of(weight: torch.Tensor) -> torch.Tensor | None:
 # ---------------------------------------------------------------------------------------------
 # Several processes
 # ---------------------------------------------------------------------------------------------
+
+
+def is_distributed() -> bool:
+    """Whether torch.distributed is there and initialized."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def backward_pass() -> int:

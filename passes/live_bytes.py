@@ -11,7 +11,7 @@ from torch.utils.flop_counter import flop_registry
 
 from compact_fx import _torch
 from compact_fx.passes.joint_graph import JointGraph
-from compact_fx.passes.nodes import bytes_of, is_tensor, operator_base, storage_of
+from compact_fx.passes.nodes import bytes_of, is_tangent, is_tensor, operator_base, storage_of
 from compact_fx.passes.partition import Partition
 
 aten = torch.ops.aten
@@ -81,7 +81,7 @@ def graph_memory(
         counted: makes of the bytes of a storage those that count.
     """
     inputs = [*filter(is_tensor, joint.module.graph.find_nodes(op="placeholder"))]
-    tangents = {storage_of(node) for node in inputs if "tangents" in str(node.target)}
+    tangents = {storage_of(node) for node in inputs if is_tangent(node)}
     lasting = {
         storage_of(node) for node in inputs if _torch.input_index(node) not in intermediate
     } - tangents

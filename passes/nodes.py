@@ -153,12 +153,16 @@ def is_relabelling(node: fx.Node) -> bool:
     return node.op == "call_function" and operator_base(node) in _RELABELLING_NAMES
 
 
+def is_tangent(node: fx.Node) -> bool:
+    """Whether a node is a gradient that flows into a joint or backward graph."""
+    return node.op == "placeholder" and "tangents" in str(node.target)
+
+
 def gradient_nodes(graph: fx.Graph) -> set[fx.Node]:
     """Nodes of a joint or backward graph that depend on a gradient that flows in."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        is_tangent = node.op == "placeholder" and "tangents" in str(node.target)
-        if is_tangent or any(source in found for source in node.all_input_nodes):
+        if is_tangent(node) or any(source in found for source in node.all_input_nodes):
             found.add(node)
     return found
 

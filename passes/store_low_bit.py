@@ -155,9 +155,8 @@ def _packing_of(kept: fx.Node, kind: LowBit) -> tuple[Pack, Unpack] | None:
     last = value.shape[-1]
     if value.dtype is torch.bool:
         return (to_bits, from_bits) if last % 8 == 0 else None
-    if value.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return None
-    if not _has_long_rows(kept):
+    is_float = value.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    if not (is_float and _has_long_rows(kept)):
         return None
     group = next((g for g in GROUPS if last % g == 0), last)
     pack = functools.partial(quantize, dtype=_DTYPES[kind], group=group)

@@ -27,7 +27,7 @@ def exchange_factors(model: nn.Module, process_group: "dist.ProcessGroup | None"
         ValueError: ranks have other weights, DistributedDataParallel would have none left, or a
             call before this one was for other weights or processes.
     """
-    if not _is_initialized():
+    if not _torch.is_distributed():
         return
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError(
@@ -77,10 +77,6 @@ def _weights_of(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
     return weights, [name for name in named if name not in weights]
 
 
-def _is_initialized() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def before_forward(records: Sequence[WeightRecord], *, is_shared: bool) -> None:
     """Before a graph runs with these weights: their gradients will be exchanged, or not.
 
@@ -90,7 +86,7 @@ def before_forward(records: Sequence[WeightRecord], *, is_shared: bool) -> None:
         ValueError: there are several processes, and something that they would have to exchange
             would not be.
     """
-    if not _is_initialized():
+    if not _torch.is_distributed():
         return
     ddp = _torch.active_ddp()
     if ddp is None and dist.get_world_size() == 1:

@@ -243,7 +243,10 @@ class CompactOptimizer(torch.optim.Optimizer):
     ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Groups, each with one of the inner optimizer's: of stand-ins, or of dense weights."""
         inner: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        states = self._states_of_numbers([w for group in groups for w in group["params"]])
+        weights = (weight for group in groups for weight in group["params"])
+        states = self._states_of_numbers(
+            [weight for weight in weights if weight in factors or self._settings.in_8_bits]
+        )
         for group in groups:
             stand_ins = []
             for weight in group["params"]:
