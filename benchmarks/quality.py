@@ -307,6 +307,7 @@ def main() -> None:
     add("--shared", action="store_true", help="others use the GPU as well: no times")
     add("--table", type=Path, help="print these results")
     add("--plot", type=Path, help="draw these results")
+    add("--times", type=Path, help="results of the same kinds of runs, each alone on its GPU")
     add("--images", type=Path, default=Path("docs/images"), help="folder for figures")
     args = parser.parse_args()
     for model in args.prepare or ():
@@ -316,7 +317,7 @@ def main() -> None:
     if args.table:
         print(table(read(args.table)))
     if args.plot:
-        plot(read(args.plot), args.images)
+        plot(read(args.plot), args.images, read(args.times) if args.times else [])
 
 
 if __name__ == "__main__":

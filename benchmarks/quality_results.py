@@ -102,15 +102,15 @@ def table(rows: list[Run]) -> str:
     return tabulate(lines, headers=headers, floatfmt=digits, tablefmt="github")
 
 
-def plot(rows: list[Run], folder: Path) -> None:
+def plot(rows: list[Run], folder: Path, others: list[Run]) -> None:
     """Validation loss against steps and seconds: each method, rank and projection at its best.
 
-    Times are those of any run of the kind that had its GPU to itself; others have none.
+    Times are those of any run of the kind that had its GPU to itself, here or in `others`.
     """
     from matplotlib.figure import Figure  # not there on every GPU machine
 
     folder.mkdir(parents=True, exist_ok=True)
-    timed = [row for row in rows if row.get("step_ms") is not None]
+    timed = [row for row in (*rows, *others) if row.get("step_ms") is not None]
     step_ms = {
         (row["settings"]["model"], kind_of(row["settings"])): row["step_ms"] for row in timed
     }

@@ -45,7 +45,7 @@ class Variant:
 
 # Dense gradients and countsketches unless the name says something else; "tracked" is the default.
 RANDOM = {"gradients": "dense", "projection": "countsketch"}
-QUARTER, EIGHTH = RANDOM | {"rank": 0.25}, RANDOM | {"rank": 0.125}
+HALF, QUARTER, EIGHTH = (RANDOM | {"rank": rank} for rank in (0.5, 0.25, 0.125))
 SKETCHED, GAUSSIAN = {"gradients": "sketched"}, {"projection": "gaussian"}
 TRACKED = SKETCHED | {"projection": "tracked"}
 INT8, FP8 = TRACKED | {"saved": "int8"}, TRACKED | {"saved": "fp8"}
@@ -59,6 +59,8 @@ VARIANTS = {
     "compact n/4, tracked, int8, 8-bit moments": Variant(
         settings=QUARTER | INT8, state_dtype="fp8"
     ),
+    "compact n/2, tracked": Variant(settings=HALF | TRACKED),
+    "compact n/2, tracked, int8, 8-bit moments": Variant(settings=HALF | INT8, state_dtype="fp8"),
     "compact n/4, gaussian": Variant(settings=QUARTER | GAUSSIAN),
     "compact n/4, gaussian, sketched gradients": Variant(settings=QUARTER | GAUSSIAN | SKETCHED),
     "compact n/4, recompute=False": Variant(settings=QUARTER | {"recompute": False}),
