@@ -114,7 +114,11 @@ def plot(rows: list[Run], folder: Path, others: list[Run]) -> None:
     step_ms = {
         (row["settings"]["model"], kind_of(row["settings"])): row["step_ms"] for row in timed
     }
+    largest: dict[tuple[str, int], dict[str, list[Run]]] = {}  # of several texts
     for (model, steps, _), runs in groups_of(rows).items():
+        if len(runs) > len(largest.get((model, steps), ())):
+            largest[model, steps] = runs
+    for (model, steps), runs in largest.items():
         best: dict[str, list[Run]] = {}
         for same in sorted(runs.values(), key=mean_of):
             best.setdefault(kind_of(same[0]["settings"]), same)
