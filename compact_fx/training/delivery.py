@@ -46,6 +46,7 @@ def leaf_of(weight: Tensor, shape: tuple[int, ...], basis: Basis) -> Tensor:
     return leaf
 
 
+@torch.compiler.disable  # a compiled function may call backward()
 def _deliver(leaf: Tensor, weight: Tensor | None, basis: Basis) -> None:
     factor, leaf.grad = leaf.grad, None
     if weight is None or factor is None or not weight.requires_grad:

@@ -141,6 +141,7 @@ _MOST_ELEMENTS = 2**24  # of P's that change at once: some ten times as much is 
 _all: "list[weakref.ref[Followed]]" = []
 
 
+@torch.compiler.disable  # a compiled function may call backward()
 @torch.no_grad()
 def _receive(leaf: Tensor, followed: Followed | None, version: Version) -> None:
     gradient, leaf.grad = leaf.grad, None

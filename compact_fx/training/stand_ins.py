@@ -157,6 +157,7 @@ class CompactOptimizer(torch.optim.Optimizer):
 
     # --- one step --------------------------------------------------------------------------------
 
+    @torch.compiler.disable  # Dynamo takes what it reads in the first step for what stays
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimizer step; see the class.
 
@@ -176,6 +177,7 @@ class CompactOptimizer(torch.optim.Optimizer):
         self._step(self.param_groups)
         return loss
 
+    @torch.compiler.disable  # and what steps in backward comes here
     @torch.no_grad()
     def _step(self, groups: Sequence[dict[str, Any]]) -> None:
         found_inf = getattr(self, "found_inf", None)
@@ -442,6 +444,7 @@ class CompactOptimizer(torch.optim.Optimizer):
                     use_gradients(optimizer, [weight])
             weight.grad = ConsumedGrad(weight)
 
+        @torch.compiler.disable
         def step_dense(weight: Tensor) -> None:
             # Autograd also calls this where a graph gives the weight itself no gradient.
             if not isinstance(weight.grad, SketchedGrad | ConsumedGrad | None):

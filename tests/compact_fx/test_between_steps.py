@@ -792,6 +792,50 @@ def test_the_recompile_limit_does_not_stop_a_run():
     assert not torch.equal(model.first.weight, train(rows=(128, 128)).first.weight)
 
 
+def losses_of(compiled, make=CompactAdamW, steps=12, **own):
+    """Of a run with three projections, of which this much is in the compiled function."""
+    torch._dynamo.reset()
+    model = Mlp()
+    optimizer = make(model.parameters(), lr=1e-2, **own)
+
+    def train(x):
+        loss = loss_of(model(x))
+        if "backward" in compiled:
+            loss.backward()
+        if "step" in compiled:
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss
+
+    settings = {"gradients": "sketched", "projection": "tracked", "update_interval": 5}
+    run, losses = torch.compile(train, backend=backend(**settings)), []
+    step = torch.compile(optimizer.step, backend="eager") if "alone" in compiled else optimizer.step
+    for number in range(steps):
+        loss = run(batch(number))
+        if "backward" not in compiled:
+            loss.backward()
+        if "step" not in compiled:
+            step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("compiled", ["backward", "backward and step", "alone"])
+@pytest.mark.parametrize("step_in_backward", [False, True])
+def test_a_compiled_training_step(compiled, step_in_backward):
+    """Dynamo runs hooks and optimizers as they are: what it traces there it takes for fixed."""
+    own = {"step_in_backward": step_in_backward}
+    assert losses_of(compiled, **own) == losses_of("", **own)
+
+
+@pytest.mark.filterwarnings("ignore:AdamW makes sketched gradients dense")
+@pytest.mark.parametrize("compiled", ["backward and step", "alone"])
+def test_a_compiled_training_step_of_torch(compiled):
+    losses = losses_of(compiled, torch.optim.AdamW), losses_of("", torch.optim.AdamW)
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("how", ["recompile limit", "eager call"])
 def test_a_dense_gradient_steps_as_its_factor(how):
     """SGD with a gradient G that was never sketched: W - lr (G P) Pᵀ, by hand."""
