@@ -1,10 +1,7 @@
 """The backend object that torch.compile calls with each of Dynamo's graphs."""
 
-import difflib
 import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -13,7 +10,7 @@ from torch import fx
 from compact_fx import _torch
 from compact_fx.compiler import GraphCompiler
 from compact_fx.config import CompactConfig, config_from
-from compact_fx.errors import BudgetTooSmall, CannotCompact
+from compact_fx.errors import BudgetTooSmall, CannotCompact, warn_at_caller
 from compact_fx.passes.joint_graph import JointGraph
 from compact_fx.passes.list_sites import CHOSEN
 from compact_fx.plan import Plan
@@ -42,11 +39,10 @@ class CompactBackend:
         self._names: set[str] = set()
         self._earlier_breaks = _torch.graph_breaks()
         if config.kind == "tracked" and config.gradients == "dense":
-            warnings.warn(
+            warn_at_caller(
                 "projection='tracked' with gradients='dense': the moments of an optimizer do not "
                 "follow the projection, which trains badly; use gradients='sketched' with "
                 "CompactAdamW or compact_optimizer",
-                stacklevel=3,
             )
 
     def report(self) -> CompactionReport:
@@ -91,7 +87,7 @@ class CompactBackend:
         except CannotCompact as error:
             if self.config.strict or isinstance(error, BudgetTooSmall):
                 raise
-            warnings.warn(f"a graph is compiled without sketches: {error}", stacklevel=2)
+            warn_at_caller(f"a graph is compiled without sketches: {error}")
             return self._counted(compiler.compile_untouched(), str(error))
         if plan is None:
             return compiled
@@ -131,26 +127,16 @@ class CompactBackend:
             texts = ((name, text) for found in graphs for name, text in found.texts().items())
             for name, text in texts:
                 _torch.trace_artifact(f"compact_fx_{name}_{number}", "string", text)
-        self._check_patterns(plan)
+        self._names |= {site.weight for site in plan.sites}
+        for text in self.config.unmatched(self._names):
+            warn_at_caller(text)
         reasons = sorted({site.reason for site in plan.sites if site.in_features})
         if reasons and not plan.sketched:
             reason = f"nothing is sketched in a graph: {'; '.join(reasons)}"
-            warnings.warn(reason, stacklevel=3)
+            warn_at_caller(reason)
             if not CHOSEN.issuperset(reasons):
                 return self._counted(compiled, reason)
         return compiled
-
-    def _check_patterns(self, plan: Plan) -> None:
-        self._names |= {site.weight for site in plan.sites}
-        for pattern in self.config.patterns():
-            if not any(fnmatchcase(name, pattern) for name in self._names):
-                near = difflib.get_close_matches(pattern.replace("*", ""), self._names, 3, 0.1)
-                warnings.warn(
-                    f"pattern {pattern!r} matches no weight that was compiled so far (patterns "
-                    "match whole names, such as '*.mlp.*' or 'lm_head.weight'); "
-                    f"the nearest: {', '.join(near) or 'none'}",
-                    stacklevel=3,
-                )
 
 
 def compact_backend(*arguments: Any, **settings: Any) -> CompactBackend:

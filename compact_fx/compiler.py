@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import hashlib
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, fx
 import compact_fx
 from compact_fx import _torch, passes
 from compact_fx.config import CompactConfig
-from compact_fx.errors import CannotCompact, SiteFailed, failures_of
+from compact_fx.errors import CannotCompact, SiteFailed, failures_of, warn_at_caller
 from compact_fx.passes.apply_plan import apply_plan, expand
 from compact_fx.passes.choose_sites import choose_sites
 from compact_fx.passes.joint_graph import JointGraph, capture
@@ -145,7 +144,7 @@ class GraphCompiler:
         if self._config.strict or error.weight in self._failed:
             raise error
         self._failed[error.weight] = str(error)
-        warnings.warn(f"{error.weight} is left without a sketch: {error}", stacklevel=2)
+        warn_at_caller(f"{error.weight} is left without a sketch: {error}")
 
     def _compile_plan(self, plan: Plan, watch: Watch) -> Callable[..., Any]:
         config = self._config

@@ -1,7 +1,8 @@
 """The one configuration object."""
 
+import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
@@ -131,10 +132,19 @@ class CompactConfig:
             return self.rank
         return next((r for p, r in self.rank.items() if fnmatchcase(name, p)), None)
 
-    def patterns(self) -> tuple[str, ...]:
-        """Every name pattern a person wrote, for a warning if it matches nothing."""
+    def unmatched(self, names: Collection[str]) -> list[str]:
+        """What to say of each name pattern that is none of these weights'."""
         ranks = tuple(self.rank) if isinstance(self.rank, Mapping) else ()
-        return (*ranks, *(p for p in (*self.include, *self.exclude) if p != "*"))
+        texts = []
+        for pattern in (*ranks, *(p for p in (*self.include, *self.exclude) if p != "*")):
+            if not any(fnmatchcase(name, pattern) for name in names):
+                near = difflib.get_close_matches(pattern.replace("*", ""), names, 3, 0.1)
+                texts.append(
+                    f"pattern {pattern!r} matches no weight that was compiled so far (patterns "
+                    "match whole names, such as '*.mlp.*' or 'lm_head.weight'); "
+                    f"the nearest: {', '.join(near) or 'none'}"
+                )
+        return texts
 
 
 def resolve_rank(rank: Rank, in_features: int) -> int:

@@ -1,10 +1,16 @@
-"""What can go wrong, as types a caller can catch."""
+"""What can go wrong, as types a caller can catch, and how a person is warned."""
 
 import contextlib
 import logging
+import os
+import sys
+import warnings
 from collections.abc import Iterator
 
+import torch
+
 log = logging.getLogger(__name__)
+_INSIDE = tuple(os.path.dirname(file) + os.sep for file in (torch.__file__, __file__))
 
 
 class CannotCompact(RuntimeError):
@@ -41,3 +47,11 @@ def failures_of(pass_name: str, weight: str | None = None) -> Iterator[None]:
         if weight is None:
             raise CannotCompact(message) from error
         raise SiteFailed(message, weight) from error
+
+
+def warn_at_caller(text: str) -> None:
+    """Warn at the person's line: neither within this package nor in torch, which may be between."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from compact_fx import _torch
 from compact_fx.compiler import GraphCompiler
 from compact_fx.config import CompactConfig, config_from
+from compact_fx.errors import warn_at_caller
 from compact_fx.passes.choose_sites import choose_sites
 from compact_fx.passes.joint_graph import JointGraph
 from compact_fx.passes.live_bytes import GraphMemory, Moment, graph_memory
@@ -173,6 +174,9 @@ def explain(
             timeline=moments,
         )
     graphs_of = [found.graphs[config.gradients] for found in analyser.found]
+    sites = (site for graphs in graphs_of for site in graphs.plan.sites)
+    for text in config.unmatched({site.weight for site in sites}):
+        warn_at_caller(text)
     report = CompactionReport(
         plans=tuple(graphs.plan for graphs in graphs_of if graphs.plan.sites),
         graph_breaks=_torch.graph_breaks(breaks),

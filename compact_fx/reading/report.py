@@ -13,7 +13,11 @@ from tabulate import tabulate
 from compact_fx.plan import SAVED_KINDS, Plan, Saved, Site, SiteCost, bytes_of_kind
 from compact_fx.training.watch import STEPS_UNSEEN
 
-_NOTHING = "nothing was compiled for training yet: run a forward pass that needs gradients"
+_NOTHING = (
+    "nothing was compiled for training yet: run a forward pass that needs gradients. If one has "
+    "run, torch.compile did not ask this backend: a model that was compiled in place, by "
+    "model.compile(), keeps its own backend within torch.compile(model, backend=...)"
+)
 _TOP = 8  # of what else crosses
 _NARROW = 40  # characters of a reason or a source line
 

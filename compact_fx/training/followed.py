@@ -2,13 +2,13 @@
 
 import functools
 import math
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from compact_fx.errors import warn_at_caller
 from compact_fx.projections import (
     Projection,
     TrackedBasis,
@@ -152,10 +152,9 @@ def _receive(leaf: Tensor, followed: Followed | None, version: Version) -> None:
 
 @functools.cache
 def _warn_of_none() -> None:
-    warnings.warn(
+    warn_at_caller(
         "a tracked projection stays as it is: its weights had no finite gradient other than 0 "
         "since it changed last",
-        stacklevel=2,
     )
 
 

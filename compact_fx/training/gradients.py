@@ -1,7 +1,6 @@
 """A gradient that holds its factor and its projection, and is dense only where someone needs it."""
 
 import functools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compact_fx import _torch
+from compact_fx.errors import warn_at_caller
 from compact_fx.projections import Basis
 
 aten = torch.ops.aten
@@ -336,11 +336,10 @@ def _zero_in_place(gradient: Any) -> Any:
 
 @functools.cache
 def _warn_of_two_bases() -> None:
-    warnings.warn(
+    warn_at_caller(
         "gradients with two projections are added: the second counts as a dense one. Keep "
         "update_interval steps of the optimizer apart from accumulation, and use one rank and kind "
         "for a weight",
-        stacklevel=2,
     )
 
 

@@ -1,7 +1,6 @@
 """What an optimizer's state is expressed in: check it, carry it into another basis, save it."""
 
 import functools
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from compact_fx.errors import warn_at_caller
 from compact_fx.projections import (
     KINDS,
     Basis,
@@ -97,11 +97,10 @@ def carry(state: dict[str, Any], old: Basis, new: Basis, refresh: Refresh) -> No
 
 @functools.cache
 def _warn_of_unknown(name: str) -> None:
-    warnings.warn(
+    warn_at_caller(
         f"{name!r} of an optimizer's state stays as it is where a tracked projection changes: it "
         f"is not known whether it is linear ({', '.join(_LINEAR)}) or squared "
         f"({', '.join(_SQUARED)}) in the gradient",
-        stacklevel=2,
     )
 
 

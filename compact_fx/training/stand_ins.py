@@ -1,6 +1,5 @@
 """One step of any optimizer on factors: stand-ins take the weights' place (paper, Algorithm 3)."""
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +9,18 @@ import torch
 from torch import Tensor
 
 from compact_fx import _torch
+from compact_fx.errors import warn_at_caller
 from compact_fx.projections import Basis, Version
 from compact_fx.training import low_bit, moments
 from compact_fx.training.gradients import ConsumedGrad, SketchedGrad
 from compact_fx.training.moments import REFRESHES, Refresh
-from compact_fx.training.weights import known_record, record_of, restore_steps, use_gradients
+from compact_fx.training.weights import (
+    any_sketched,
+    known_record,
+    record_of,
+    restore_steps,
+    use_gradients,
+)
 
 StateDtype = torch.dtype | Literal["fp8"] | None
 
@@ -112,6 +118,7 @@ class CompactOptimizer(torch.optim.Optimizer):
         self._bases: dict[Tensor, Basis] = {}  # of the sketched weights' states
         self._names: dict[Tensor, dict[str, Tensor]] = {}  # what they are called in saved ones
         self._warned: set[str] = set()
+        self._is_checked = False
         self.defaults.update(scale=scale, dense_scale=dense_scale)
         for group in self.param_groups:
             self._set_up_group(group)
@@ -190,11 +197,34 @@ class CompactOptimizer(torch.optim.Optimizer):
                 if found is not None:
                     self._check_state(weight, found[1])
                     factors[weight] = found
+        if not (factors or self._is_checked):
+            self._check_gradients(groups)
         batches = self._batches(groups, factors)
         for batch in batches:
             self._step_at_once([part for _, part in batch], factors)
         for group, part in (pair for batch in batches for pair in batch):
             group.update({k: v for k, v in part.items() if k != "params"})
+
+    def _check_gradients(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Warn, once, where a run cannot have any sketched gradient."""
+        weights = [w for g in groups for w in g["params"] if w.grad is not None and w.dim() > 1]
+        if not weights or not any(group.get("lr", 1.0) for group in groups):
+            return  # so it is also where a checkpoint makes a state to load into
+        self._is_checked = True
+        records = [record for weight in weights if (record := known_record(weight)) is not None]
+        if any(record.in_dense_graph for record in records):
+            what = "the backend makes gradients dense: give it gradients='sketched'"
+        elif not any_sketched():
+            what = (
+                "no graph was compiled for sketched gradients: compile the model with "
+                "backend=compact_backend(...)"
+            )
+        else:
+            return
+        warn_at_caller(
+            f"{type(self).__name__} steps dense gradients, and so saves no memory of gradients and "
+            f"moments: {what}, or use torch's own optimizer"
+        )
 
     def _batches(
         self, groups: Sequence[dict[str, Any]], factors: Mapping[Tensor, tuple[Tensor, Basis]]
@@ -411,11 +441,10 @@ class CompactOptimizer(torch.optim.Optimizer):
     def _warn(self, weight: Tensor, what: str) -> None:
         if what not in self._warned:
             self._warned.add(what)
-            warnings.warn(
+            warn_at_caller(
                 f"the gradient of a weight of shape {tuple(weight.shape)} {what}: it is brought "
                 "into the space of the sketch and stepped there. "
                 "Clipping by norm, scaling, adding and reading leave gradients sketched",
-                stacklevel=2,
             )
 
     def _check_state(self, weight: Tensor, basis: Basis) -> None:
@@ -578,7 +607,7 @@ class CompactOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         if own is not None:  # a copy; torch also calls this to load a state
             self._settings, self._bases = own["settings"], own["bases"]
-            self._names, self._warned = {}, set()
+            self._names, self._warned, self._is_checked = {}, set(), False
             self._restore_records(own["steps"], own["now"])
             if self._step_in_backward:
                 for _, weight in self._numbered():

@@ -1,13 +1,9 @@
 """What a run would not tell by itself: calls without sketches, and steps that nobody saw."""
 
-import os
-import sys
-import warnings
 from collections import Counter
 
-import torch
-
 from compact_fx import _torch
+from compact_fx.errors import warn_at_caller
 
 Energies = list[tuple[int, float]]
 """Steps of the weight, and the share of its gradient's energy that P held until then."""
@@ -18,8 +14,6 @@ STEPS_UNSEEN = (
     "copies, one flat parameter, updates by hand), call "
     "compact_fx.count_step(model.parameters()) after each step"
 )
-
-_INSIDE = tuple(os.path.dirname(file) + os.sep for file in (torch.__file__, _torch.__file__))
 
 
 class Watch:
@@ -50,7 +44,7 @@ class Watch:
     def ran_unsketched(self, reason: str) -> None:
         """A call of a graph that was compiled without sketches."""
         if reason not in self.unsketched:
-            warnings.warn(f"the model runs without sketches: {reason}", stacklevel=3)
+            warn_at_caller(f"the model runs without sketches: {reason}")
         self.unsketched[reason] += 1
 
     def stepped_unsketched(self) -> None:
@@ -68,25 +62,16 @@ class Watch:
     def stepped_densely(self, optimizer: str) -> None:
         """An optimizer that does not know factors has stepped sketched gradients."""
         if not self._is_dense:
-            warnings.warn(
+            warn_at_caller(
                 f"{optimizer} makes sketched gradients dense: gradients and moments take the "
                 "memory of full ones, and moments do not follow a projection that changes, which "
                 f"costs quality. Use CompactAdamW or compact_optimizer({optimizer}, ...), or "
-                "gradients='dense'",
-                stacklevel=_level_of_caller(),
+                "gradients='dense'"
             )
         self._is_dense = True
 
     def nobody_steps(self) -> None:
         """The weights change, and no optimizer was seen to step them."""
         if not self.steps_unseen:
-            warnings.warn(STEPS_UNSEEN, stacklevel=3)
+            warn_at_caller(STEPS_UNSEEN)
         self.steps_unseen = True
-
-
-def _level_of_caller() -> int:
-    """The stacklevel of who has called torch: a scheduler wraps the step that it schedules."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
-        frame, level = frame.f_back, level + 1
-    return level

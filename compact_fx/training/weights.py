@@ -194,6 +194,11 @@ def known_record(weight: Tensor) -> WeightRecord | None:
     return _records.get(weight)
 
 
+def any_sketched() -> bool:
+    """Whether a graph has asked for a projection of any weight, of whatever model."""
+    return any(record.group is not None for record in _records.values())
+
+
 def record_of(weight: Tensor) -> WeightRecord:
     """The weight's record; a sharded weight and what FSDP gathers of it have one."""
     record = _records.get(weight)

@@ -8,7 +8,7 @@ from torch import nn
 
 import compact_fx.compiler
 import compact_fx.passes.apply_plan
-from compact_fx import CannotCompact, compact_backend, count_step
+from compact_fx import CannotCompact, compact_backend, count_step, explain
 
 
 def mlp() -> nn.Module:
@@ -175,6 +175,30 @@ def test_pattern_without_match_warns_with_the_nearest():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         torch.compile(mlp(), backend=backend(exclude=("4.weight",)))(batch())
+
+
+def test_explain_warns_of_patterns_as_well():
+    x = torch.randn(64, 64, device="meta")
+    with pytest.warns(UserWarning, match=r"'1\.weight' matches no weight.*0\.weight") as caught:
+        explain(mlp(), x, rank=8, exclude=("1.weight",))
+    assert caught[0].filename == __file__
+
+
+def test_a_model_compiled_in_place_keeps_its_own_backend():
+    """The report of the outer one says what to look for."""
+
+    class Block(nn.Module):  # Dynamo does not compile torch's own containers in place
+        def __init__(self):
+            super().__init__()
+            self.layers = mlp()
+
+        def forward(self, x):
+            return self.layers(x)
+
+    outer, model = backend(), Block()
+    model.compile(backend="aot_eager")
+    torch.compile(model, backend=outer)(batch()).sum().backward()
+    assert "model.compile()" in str(outer.report())
 
 
 def test_rank_above_in_features_is_left_alone():

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.weak import WeakTensorKeyDictionary
 
 import compact_fx
 from compact_fx import CompactAdamW, SketchedGrad, compact_backend, compact_optimizer
+from compact_fx.training import weights as weights_of_all
 from compact_fx.training.weights import steps_of
 
 RANK = 4
@@ -987,7 +989,8 @@ def test_a_healthy_run_has_none(gradients):
     """With other shapes, accumulation and evaluation in between."""
     model, compact = Mlp(), backend(gradients=gradients, rank=0.25)
     step = torch.compile(model, backend=compact)
-    optimizer = CompactAdamW(model.parameters(), lr=1e-3)
+    make = CompactAdamW if gradients == "sketched" else torch.optim.AdamW
+    optimizer = make(model.parameters(), lr=1e-3)
     with warned("", 0):
         for number, rows in enumerate((128, 64, 96, 64)):
             loss_of(step(batch(number, rows))).backward()
@@ -1080,6 +1083,45 @@ def test_those_that_know_factors_are_not(name):
     """Nor those around them."""
     with warned(MAKES_DENSE, 0):
         run(lambda weights: KNOW_FACTORS[name](weights).step, sketching(projection=None))
+
+
+STEPS_DENSE = "steps dense gradients, and so saves no memory"
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [({"gradients": "dense"}, "give it gradients='sketched'"), (None, "compile the model")],
+)
+def test_a_compact_optimizer_without_a_sketched_gradient(monkeypatch, settings, advice):
+    """Said once, at the line that calls its step."""
+    monkeypatch.setattr(weights_of_all, "_records", WeakTensorKeyDictionary())  # of other tests
+    model = Mlp()
+    optimizer = CompactAdamW(model.parameters(), lr=1e-3)
+    step = model if settings is None else torch.compile(model, backend=backend(**settings))
+    with warned(STEPS_DENSE, 1) as caught:
+        for number in range(3):
+            loss_of(step(batch(number))).backward()
+            optimizer.step()
+    (found,) = [w for w in caught if STEPS_DENSE in str(w.message)]
+    assert advice in str(found.message)
+    assert linecache.getline(found.filename, found.lineno).strip() == "optimizer.step()"
+
+
+def test_a_compact_optimizer_of_what_is_never_sketched(monkeypatch):
+    """An optimizer of its own for embeddings, or a state that a checkpoint is loaded into."""
+    monkeypatch.setattr(weights_of_all, "_records", WeakTensorKeyDictionary())
+    model = Mlp()
+    with warned(STEPS_DENSE, 0):
+        empty = CompactAdamW(model.parameters(), lr=0.0)
+        for weight in model.parameters():
+            weight.grad = torch.zeros_like(weight)
+        empty.step()
+        compact = backend(gradients="sketched", exclude=("third.*",))
+        first = CompactAdamW([*model.first.parameters(), *model.second.parameters()], lr=1e-3)
+        third = CompactAdamW(model.third.parameters(), lr=1e-3)
+        loss_of(torch.compile(model, backend=compact)(batch())).backward()
+        first.step()
+        third.step()
 
 
 @pytest.mark.parametrize("way", BY_ADAMW)

@@ -239,7 +239,9 @@ def test_a_float_is_a_fraction_and_an_int_a_number_of_columns(rank, in_features,
     assert isinstance(resolve_rank(rank, in_features), int)
 
 
-def test_patterns_are_those_a_person_wrote():
-    assert CompactConfig().patterns() == ()
+def test_patterns_without_a_weight_are_those_a_person_wrote():
+    assert CompactConfig().unmatched(()) == []
     config = CompactConfig(rank={"a.*": 8, "b.*": 0.5}, include=("a*", "*"), exclude=("*.head",))
-    assert set(config.patterns()) == {"a.*", "b.*", "a*", "*.head"}
+    texts = config.unmatched({"a.weight"})
+    assert [text.split("'")[1] for text in texts] == ["b.*", "*.head"]
+    assert all("the nearest: a.weight" in text for text in texts)
