@@ -203,8 +203,22 @@ class GraphCompiler:
         }
         sides = {i: r.side for i, r in records.items() if r is not None and r.side is not None}
         return capture(
-            module, num_fwd_outputs, static_inputs, self._weights, self._buffers, salts, sides
+            module,
+            num_fwd_outputs,
+            static_inputs,
+            self._weights,
+            self._buffers,
+            salts,
+            sides,
+            self._shards(),
         )
+
+    def _shards(self) -> dict[int, int]:
+        """By index which dimension `fully_shard` has sharded, where that matters to a gradient."""
+        if self._config.gradients == "dense":
+            return {}
+        found = {i: _torch.sharding_of(self._example_inputs[i]) for i in self._weights}
+        return {index: known.dim for index, known in found.items() if known is not None}
 
 
 def _cache_id(plan: Plan | None) -> str:

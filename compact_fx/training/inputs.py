@@ -12,7 +12,7 @@ from compact_fx import _torch
 from compact_fx.plan import FactorInput, Plan
 from compact_fx.projections import Basis, DrawnBasis, Projection
 from compact_fx.training.delivery import empty_leaf, leaf_of, refuse_hooks
-from compact_fx.training.distributed import before_forward
+from compact_fx.training.distributed import before_forward, exchange_shards
 from compact_fx.training.followed import Followed, change_those_due
 from compact_fx.training.watch import Watch
 from compact_fx.training.weights import Group, WeightRecord, changes, record_of
@@ -150,7 +150,10 @@ class GraphInputs:
         return entry
 
     def _records(self, weights: Sequence[Tensor]) -> dict[int, WeightRecord]:
-        return dict(zip(self._indices, map(record_of, weights), strict=True))
+        records = dict(zip(self._indices, map(record_of, weights), strict=True))
+        if self._is_shared:
+            exchange_shards(records, {role.index: role.dim for role in self._factors})
+        return records
 
     def _owners(self, records: Mapping[int, WeightRecord]) -> list[list[WeightRecord]]:
         """Of each projection."""
