@@ -213,7 +213,7 @@ class Sharding:
         name: of the weight, from the root of the model.
         dim: that processes have parts of.
         group: of the processes that have them.
-        refusal: what it is instead of parts on these processes alone; "" where it is that.
+        is_replicated: whether other processes have the same parts (HSDP).
     """
 
     def __init__(self, parameter: Any, group: Any) -> None:
@@ -221,12 +221,8 @@ class Sharding:
         mesh = group.mesh_info
         self.name = str(parameter._param_fqn)
         self.dim = int(parameter.fsdp_placement.dim)
-        self.refusal = ""
-        if mesh.shard_mesh_dim is None or mesh.replicate_mesh_dim is not None:
-            self.refusal = "replicated over processes (a mesh of two dimensions, HSDP)"
-        elif parameter.is_dtensor:
-            self.refusal = "a DTensor already (tensor parallelism)"
-        else:
+        self.is_replicated = mesh.replicate_mesh_dim is not None
+        if mesh.shard_mesh_dim is not None:
             self.group: torch.distributed.ProcessGroup = mesh.shard_process_group
 
     @property
@@ -286,6 +282,11 @@ def sharding_of(weight: torch.Tensor) -> Sharding | None:
                 if getattr(parameter, "_unsharded_param", None) is weight:
                     return Sharding(parameter, group)
     return None
+
+
+def is_of_flat_parameter(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a weight that FullyShardedDataParallel (FSDP1) has put among others."""
+    return bool(getattr(tensor._base, "_is_flat_param", False))
 
 
 def is_sharded(tensor: torch.Tensor | None) -> "TypeGuard[DTensor]":

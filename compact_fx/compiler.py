@@ -74,7 +74,20 @@ class GraphCompiler:
                 "its parameters are attributes and not inputs, as Dynamo's splitting of graphs for "
                 "DistributedDataParallel makes them; switch off Dynamo's optimize_ddp"
             )
-        return any(self._example_inputs[index].requires_grad for index in self._weights)
+        tensors = [value for value in self._example_inputs if isinstance(value, Tensor)]
+        if any(map(_torch.is_of_flat_parameter, tensors)):
+            raise CannotCompact(
+                "FullyShardedDataParallel (FSDP1) makes one flat parameter of its weights; use "
+                "fully_shard (FSDP2)"
+            )
+        trained = [self._example_inputs[index] for index in self._weights]
+        trained = [weight for weight in trained if weight.requires_grad]
+        if any(map(_torch.is_sharded, trained)):
+            raise CannotCompact(
+                "its weights are DTensors within the graph, as tensor parallelism makes them; "
+                "fully_shard alone (FSDP2) gathers them before"
+            )
+        return bool(trained)
 
     def visit(self, visitor: Callable[[JointGraph], T], *, like_eager: bool = False) -> T | None:
         """What the visitor makes of the joint graph; None for a graph without a backward pass.

@@ -85,23 +85,28 @@ def _weights_of(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
     return weights, [name for name in named if name not in weights]
 
 
-def exchange_shards(records: Mapping[int, WeightRecord], dims: Mapping[int, int]) -> None:
+def exchange_shards(
+    records: Mapping[int, WeightRecord], dims: Mapping[int, int], settings: Mapping[int, str]
+) -> None:
     """From now on the weights among these that `fully_shard` gathers exchange over its processes.
 
     Args:
         records: of one graph, by the graph's input; all ranks ask for the same.
         dims: which dimension of the weight a factor has not, where the gradient is one.
+        settings: what all ranks need to have alike, as `fully_shard` sends what these leave.
 
     Raises:
-        ValueError: they are sharded as no factor can be; nothing has changed then.
+        ValueError: they are sharded as no factor can be, or ranks have different settings; weights
+            exchange nothing then.
     """
     sharded = {i: r.sharding for i, r in records.items() if r.sharding is not None}
+    new: dict[ShardedExchange, dict[str, str]] = {}
     for index, sharding in sharded.items():
-        if sharding.refusal:
+        if sharding.is_replicated:
             raise ValueError(
-                f"{sharding.name} is {sharding.refusal}: sketched gradients and tracked "
-                "projections need fully_shard over a mesh of one dimension; or use "
-                "gradients='dense' with another projection"
+                f"{sharding.name} is replicated over processes besides being sharded (HSDP): "
+                "sketched gradients and tracked projections need fully_shard over a mesh of one "
+                "dimension; or use gradients='dense' with another projection"
             )
         if dims.get(index) == sharding.dim:
             raise ValueError(
@@ -109,12 +114,15 @@ def exchange_shards(records: Mapping[int, WeightRecord], dims: Mapping[int, int]
                 "away: call fully_shard before the first compiled forward pass, and shard equal "
                 "blocks alike"
             )
+        if records[index].exchange is None:
+            new.setdefault(_exchange_of(sharding), {})[sharding.name] = settings[index]
+    for exchange, own in new.items():
+        exchange.check_settings(own)
     for index, sharding in sharded.items():
         record = records[index]
         if record.exchange is None:
-            exchange = _exchange_of(sharding)
-            exchange.add(sharding, functools.partial(getattr, record, "steps"))
-            record.exchange, record.name = exchange, sharding.name
+            record.exchange, record.name = _exchange_of(sharding), sharding.name
+            record.exchange.add(sharding, functools.partial(getattr, record, "steps"))
 
 
 def _exchange_of(sharding: _torch.Sharding) -> ShardedExchange:

@@ -1,7 +1,7 @@
 """What `fully_shard` spreads over processes: its sketched gradients, each process its rows."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compact_fx import _torch
+from compact_fx.config import CompactConfig
 from compact_fx.training.exchange import Exchange, _Arrival, _Backward, _Slot
 from compact_fx.training.gradients import SketchedGrad, accumulate
 
@@ -56,6 +57,16 @@ class ShardedExchange(Exchange):
         self._shardings[sharding.name] = sharding
         self._weights[sharding.name] = weakref.ref(sharding.weight)
         self._counts.append(steps)
+
+    def check_settings(self, mine: Mapping[str, str]) -> None:
+        """Raise where ranks have others: `fully_shard` would send what does not fit together."""
+        for rank, others in zip(self.ranks, self.gather(dict(mine)), strict=True):
+            if others != mine:
+                name = next(n for n in {**mine, **others} if mine.get(n) != others.get(n))
+                raise ValueError(
+                    f"ranks have different settings. The gradient of {name} is on rank {rank}: "
+                    f"{others.get(name)}; on rank {dist.get_rank()}: {mine.get(name)}"
+                )
 
     @torch.no_grad()
     def receive(self, weight: Tensor, gradient: SketchedGrad, name: str, settings: str) -> None:
@@ -110,14 +121,16 @@ def shard_placement(parameter: nn.Parameter) -> "Shard | None":
         parameter: what `fully_shard` asks for.
 
     Returns:
-        The second dimension of a matrix with fewer rows than columns; None, the first, where
-        processes cannot have equal parts of that, and of all else.
+        The second dimension of a matrix with fewer rows than columns; None, which is the first, for
+        all else: where processes could not have equal parts of it, and below `min_features` rows.
     """
-    if parameter.dim() != 2 or parameter.shape[0] >= parameter.shape[1]:
-        return None
     from torch.distributed.tensor import Shard
 
-    return None if parameter.shape[1] % dist.get_world_size() else Shard(1)
+    if parameter.dim() != 2:
+        return None
+    rows, columns = parameter.shape
+    is_wide = CompactConfig.min_features <= rows < columns
+    return Shard(1) if is_wide and columns % dist.get_world_size() == 0 else None
 
 
 def _rows(tensor: Tensor, dim: int, ranks: int) -> Tensor:

@@ -98,7 +98,7 @@ class Tied(nn.Module):
 
 def compact(**settings: Any) -> Any:
     """A backend that sketches the small weights here."""
-    return compact_backend(inner="aot_eager", min_features=8, **settings)
+    return compact_backend(**{"inner": "aot_eager", "min_features": 8} | settings)
 
 
 def batch(number: int, rank: int | None = RANK) -> tuple[Tensor, Tensor]:
@@ -566,6 +566,7 @@ def main(alone: dict[str, Callable[[], Any]], together: dict[str, Callable[[], A
     )
     for name in names:
         if name in together:
+            print(name, file=sys.stderr, flush=True)  # says where a process has stopped
             results[name] = outcome(together[name])
     torch.save(results, folder / f"{RANK}.pt")
     dist.destroy_process_group()
