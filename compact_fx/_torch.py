@@ -313,7 +313,8 @@ def with_part(like: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     stride = torch.empty(shape, device="meta").stride()
     meta = TensorMeta(torch.Size(shape), stride, part.dtype)
     spec = DTensorSpec(like.device_mesh, like.placements, tensor_meta=meta)
-    return DTensor(part, spec, requires_grad=False)  # `from_local` would make a view
+    # `from_local` would make a view of the part.
+    return DTensor(part, spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -329,6 +330,16 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def is_distributed() -> bool:
     """Whether torch.distributed is there and initialized."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def reduce_scatter(
+    own: torch.Tensor, parts: torch.Tensor, group: "torch.distributed.ProcessGroup"
+) -> Any:
+    """Start to sum each process's part over processes; a work to wait for."""
+    # Torch 2.13 has another name for it, and warns of the one that 2.11 knows.
+    known = getattr(torch.distributed, "reduce_scatter_single", None)
+    function = known or torch.distributed.reduce_scatter_tensor
+    return function(own, parts, group=group, async_op=True)
 
 
 def backward_pass() -> int:

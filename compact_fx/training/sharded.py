@@ -19,18 +19,15 @@ if TYPE_CHECKING:
 
 
 class _ShardedArrival(_Arrival):
-    """A gradient of a whole weight, of which this process gets its part back."""
+    """A gradient of a whole weight, whose parts become this process's share of them."""
 
     def __init__(self, sharding: _torch.Sharding, gradient: SketchedGrad) -> None:
         super().__init__(sharding.weight, gradient)
         self._parameter, self._basis = sharding.parameter, gradient.basis
-        self._averaged: dict[str, Tensor] = {}
-
-    def replace(self, part: str, averaged: Tensor) -> None:
-        self._averaged[part] = averaged
 
     def put_back(self) -> None:
-        parts = {n: t.to(_torch.local_part(self._parameter)) for n, t in self._averaged.items()}
+        like = _torch.local_part(self._parameter)
+        parts = {name: part.to(like) for name, part in self.parts().items()}
         gradient = SketchedGrad(parts.pop("factor"), self._basis)
         for name, part in parts.items():
             gradient.replace(name, part)
@@ -76,7 +73,9 @@ class ShardedExchange(Exchange):
         factor = gradient.factor.to(sharding.reduce_dtype or gradient.dtype)
         gradient = SketchedGrad(factor, gradient.basis)
         if name in self._kept:
-            gradient = self._kept.pop(name)[0].add_(gradient)
+            kept, _ = self._kept.pop(name)
+            kept += gradient
+            gradient = kept
         if not sharding.is_reduced:
             self._kept[name] = gradient, settings
             return
@@ -92,6 +91,11 @@ class ShardedExchange(Exchange):
                 arrival = _ShardedArrival(sharding, gradient)
                 self._take(backward, arrival, name, settings, sharding.divisor)
 
+    def _launch(self, backward: _Backward) -> None:
+        if backward.works:  # as fully_shard does: whole factors of one bucket are there at once
+            backward.works.pop().wait()
+        super()._launch(backward)
+
     def _send(
         self, bucket: Sequence[_Slot], tensors: Sequence[Tensor], shares: Tensor
     ) -> tuple[Any, Sequence[Tensor], Tensor]:
@@ -101,7 +105,7 @@ class ShardedExchange(Exchange):
         flat = torch.cat([*(row.flatten(1) for row in rows), shares.expand(ranks, -1)], 1)
         flat.div_(self._forms[bucket[0]].divisor)
         mine = flat.new_empty(flat.shape[1])
-        work = dist.reduce_scatter_tensor(mine, flat.view(-1), group=self._group, async_op=True)
+        work = _torch.reduce_scatter(mine, flat.view(-1), self._group)
         *averaged, shares = torch.split(mine, [*(row[0].numel() for row in rows), len(bucket)])
         own = []
         for mean, row, tensor, dim in zip(averaged, rows, tensors, dims, strict=True):
@@ -138,4 +142,5 @@ def _rows(tensor: Tensor, dim: int, ranks: int) -> Tensor:
     chunk = -(-tensor.shape[dim] // ranks)
     missing = chunk * ranks - tensor.shape[dim]
     padded = F.pad(tensor.movedim(dim, -1), (0, missing)).movedim(-1, dim) if missing else tensor
-    return padded.unflatten(dim, (ranks, chunk)).movedim(dim, 0)
+    shape = (*tensor.shape[:dim], ranks, chunk, *tensor.shape[dim + 1 :])
+    return padded.reshape(shape).movedim(dim, 0)

@@ -13,7 +13,10 @@ import torch
 
 @pytest.fixture(scope="module")
 def run_two(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
-    """Runs scenarios of a script beside this file in two processes: their results on each rank."""
+    """Runs scenarios of a script beside this file in two processes: their results on each rank.
+
+    What they keep for a later run lies in `checkpoints`, beside their own folders.
+    """
 
     def run(script: str, *names: str) -> dict[str, Any]:
         folder, here = tmp_path_factory.mktemp("two"), Path(__file__).parent
@@ -33,4 +36,5 @@ def run_two(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str,
         first, second = (torch.load(folder / f"{r}.pt", weights_only=False) for r in (0, 1))
         return {name: (first[name], second.get(name)) for name in first}
 
+    run.checkpoints = tmp_path_factory.getbasetemp() / "checkpoints"  # type: ignore[attr-defined]
     return run

@@ -4,6 +4,7 @@ python two_shards.py RANK FOLDER SCENARIO...
 """
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -92,6 +93,7 @@ def sharded(
     """A model and what is called: as torchtitan shards and compiles it, or compiled as a whole."""
     torch._dynamo.reset()
     model, backend = Net(48 if placed else 51), compact(**settings)
+    fsdp = {"mesh": init_device_mesh("cpu", (2,))} | fsdp  # also where there are GPUs
     placement = shard_placement if placed else None
     for block in model.parts:
         if how == "blocks":
@@ -193,8 +195,8 @@ def trained(settings: dict[str, Any], steps: int, *args: Any, **fsdp: Any) -> An
     losses = train(model, step, steps)
     weight = model.blocks[0].down.weight
     basis = known_record(weight).basis
-    version = (basis.generation, basis.matrix(torch.device("cpu"), torch.float32))
-    return losses, values(model), version, is_sketched(model)
+    version = basis.generation, basis.matrix(torch.device("cpu"), torch.float32)
+    return losses, values(model), is_sketched(model), version
 
 
 def mixed(settings: dict[str, Any], placed: bool = False) -> Any:
@@ -268,7 +270,6 @@ OPTIMIZERS: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
     "AdamW, dense": (lambda p: torch.optim.AdamW(p, lr=1e-2), TRACKED_DENSE),
     "Adam": (lambda p: compact_optimizer(torch.optim.Adam, p, lr=1e-2, weight_decay=0.1), OFTEN),
     "SGD": (lambda p: compact_optimizer(torch.optim.SGD, p, lr=0.1, momentum=0.9), OFTEN),
-    "Adafactor": (lambda p: compact_optimizer(torch.optim.Adafactor, p, lr=1e-2), OFTEN),
     "gaussian": (lambda p: CompactAdamW(p, lr=1e-2, refresh="project"), GAUSSIAN),
 }
 
@@ -361,6 +362,23 @@ def made(settings: dict[str, Any], one: bool, placed: bool = False) -> Any:
     dense = settings.get("gradients") == "dense"
     optimizer = (torch.optim.AdamW if dense else CompactAdamW)(model.parameters(), lr=1e-2)
     return model, model, optimizer, (0, 1) if one else (RANK,)
+
+
+def dying() -> None:
+    """A checkpoint; then another one, within which the second process ends."""
+    model, step, optimizer, parts = made(ON_INPUT, False)
+    go_on(model, step, optimizer, range(3), parts)
+    dcp.save(to_save(model, optimizer), checkpoint_id=CHECKPOINTS / "last")
+    torch.save(values(model), CHECKPOINTS / f"{RANK}.pt")
+    go_on(model, step, optimizer, range(3, 6), parts)
+
+    class Writer(dcp.FileSystemWriter):
+        def write_data(self, *args: Any) -> Any:
+            if RANK:
+                os._exit(1)
+            return super().write_data(*args)
+
+    dcp.save(to_save(model, optimizer), storage_writer=Writer(CHECKPOINTS / "next"))
 
 
 def saved(name: str, *args: Any) -> list[float]:
@@ -485,6 +503,7 @@ ALONE: dict[str, Callable[[], Any]] = resuming("one", True) | {
         for name, of in OPTIMIZERS.items()
     },
     "alone: quarter": lambda: alone(ON_INPUT, 50),
+    "alone: often, placed": lambda: alone(ON_BOTH | {"update_interval": 4}, 10, hidden=48),
     "alone: quarter, placed": lambda: alone(ON_BOTH, 50, hidden=48),
 }
 TOGETHER: dict[str, Callable[[], Any]] = (
@@ -504,12 +523,14 @@ TOGETHER: dict[str, Callable[[], Any]] = (
         "mixed, dense": lambda: mixed(DENSE),
         "mixed, placed": lambda: mixed(WHOLE, placed=True),
         "clipped": clipped,
+        "dying": dying,
         "checkpointed": checkpointed,
         "kept of others": kept_of_others,
         "two graphs": two_graphs,
         "an eager pass": an_eager_pass,
         "scaled": scaled,
         **{name: functools.partial(with_optimizer, *of) for name, of in OPTIMIZERS.items()},
+        "often, placed": lambda: trained(ON_BOTH | {"update_interval": 4}, 10, placed=True),
         "quarter, placed": lambda: trained(ON_BOTH, 50, placed=True),
     }
 )
