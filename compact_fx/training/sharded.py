@@ -74,7 +74,7 @@ class ShardedExchange(Exchange):
         gradient = SketchedGrad(factor, gradient.basis)
         if name in self._kept:
             kept, _ = self._kept.pop(name)
-            kept += gradient
+            kept.add_(gradient)
             gradient = kept
         if not sharding.is_reduced:
             self._kept[name] = gradient, settings
