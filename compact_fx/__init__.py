@@ -14,6 +14,7 @@ from compact_fx.reading.report import CompactionReport
 from compact_fx.training.distributed import exchange_factors
 from compact_fx.training.gradients import SketchedGrad
 from compact_fx.training.optimizers import CompactAdamW, compact_optimizer
+from compact_fx.training.sharded import shard_placement
 from compact_fx.training.weights import count_step, set_steps
 
 __all__ = [
@@ -39,4 +40,5 @@ __all__ = [
     "plots",
     "random_projection",
     "set_steps",
+    "shard_placement",
 ]

@@ -10,9 +10,10 @@ import operator
 import os
 import re
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 import torch._functorch.config as functorch_config
@@ -44,6 +45,10 @@ from torch.utils._dtype_abbrs import dtype_abbrs
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
+
+if torch.distributed.is_available():  # some builds are without
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 Partitioner = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
 CompiledFunction = Callable[..., Any]
@@ -201,8 +206,66 @@ def is_wrapper(tensor: torch.Tensor) -> bool:
     return is_traceable_wrapper_subclass(tensor)
 
 
-def sharded_parameter_of(weight: torch.Tensor) -> torch.Tensor | None:
-    """For what `fully_shard` gathers for a forward: the sharded parameter that optimizers hold."""
+class Sharding:
+    """How `fully_shard` shards a weight that it gathers; as it is now, and no reason to keep it.
+
+    Attributes:
+        name: of the weight, from the root of the model.
+        dim: that processes have parts of.
+        group: of the processes that have them.
+        is_replicated: whether other processes have the same parts (HSDP).
+    """
+
+    def __init__(self, parameter: Any, group: Any) -> None:
+        self._parameter, self._group = weakref.ref(parameter), weakref.ref(group)
+        mesh = group.mesh_info
+        self.name = str(parameter._param_fqn)
+        self.dim = int(parameter.fsdp_placement.dim)
+        self.is_replicated = mesh.replicate_mesh_dim is not None
+        if mesh.shard_mesh_dim is not None:
+            self.group: torch.distributed.ProcessGroup = mesh.shard_process_group
+
+    @property
+    def parameter(self) -> torch.Tensor:
+        """The sharded parameter, which optimizers hold."""
+        return self._known(self._parameter).sharded_param  # type: ignore[no-any-return]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """What is gathered of it."""
+        return self._known(self._parameter)._unsharded_param  # type: ignore[no-any-return]
+
+    @property
+    def root(self) -> Any:
+        """An object that all weights of one model have, and no others."""
+        return self._known(self._group).comm_ctx
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether gradients are sent now; False after `set_requires_gradient_sync(False)`."""
+        return bool(self._known(self._group).reduce_grads)
+
+    @property
+    def reduce_dtype(self) -> torch.dtype | None:
+        """What gradients are sent in, None for their own."""
+        return self._known(self._parameter).reduce_dtype  # type: ignore[no-any-return]
+
+    @property
+    def divisor(self) -> float:
+        """What the sum over processes is divided by."""
+        factor = self._known(self._group).gradient_divide_factor
+        return float(self.group.size() if factor is None else factor)
+
+    @staticmethod
+    def _known(reference: "weakref.ref[Any]") -> Any:
+        found = reference()
+        if found is None:
+            raise RuntimeError("a module that fully_shard was called for is gone")
+        return found
+
+
+def sharding_of(weight: torch.Tensor) -> Sharding | None:
+    """For what `fully_shard` gathers for a forward: how it is sharded. Looks at all weights."""
     if not is_distributed():
         return None
     from torch.distributed._composable_state import _module_state_mapping
@@ -214,10 +277,49 @@ def sharded_parameter_of(weight: torch.Tensor) -> torch.Tensor | None:
             continue
         groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.11 has one at the most
         groups = [state._fsdp_param_group] if groups is None else groups
-        for parameter in (p for group in groups if group is not None for p in group.fsdp_params):
-            if getattr(parameter, "_unsharded_param", None) is weight:
-                return parameter.sharded_param  # type: ignore[no-any-return]
+        for group in (group for group in groups if group is not None):
+            for parameter in group.fsdp_params:
+                if getattr(parameter, "_unsharded_param", None) is weight:
+                    return Sharding(parameter, group)
     return None
+
+
+def is_of_flat_parameter(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a weight that FullyShardedDataParallel (FSDP1) has put among others."""
+    return bool(getattr(tensor._base, "_is_flat_param", False))
+
+
+def is_sharded(tensor: torch.Tensor | None) -> "TypeGuard[DTensor]":
+    """Whether a tensor is a DTensor: processes have parts of it."""
+    return torch.distributed.is_available() and isinstance(tensor, DTensor)
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a DTensor; any other tensor itself."""
+    return tensor._local_tensor if is_sharded(tensor) else tensor
+
+
+def with_part(like: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """A DTensor sharded as `like`, with this part here; the part itself where `like` is none.
+
+    In dimensions that are not sharded it may have another size.
+    """
+    if not is_sharded(like):
+        return part
+    shape = list(part.shape)
+    for placement in like.placements:
+        if isinstance(placement, Shard):
+            shape[placement.dim] = like.shape[placement.dim]
+    stride = torch.empty(shape, device="meta").stride()
+    meta = TensorMeta(torch.Size(shape), stride, part.dtype)
+    spec = DTensorSpec(like.device_mesh, like.placements, tensor_meta=meta)
+    # `from_local` would make a view of the part.
+    return DTensor(part, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a DTensor, on each process; any other tensor itself."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 # ---------------------------------------------------------------------------------------------
@@ -228,6 +330,16 @@ def sharded_parameter_of(weight: torch.Tensor) -> torch.Tensor | None:
 def is_distributed() -> bool:
     """Whether torch.distributed is there and initialized."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def reduce_scatter(
+    own: torch.Tensor, parts: torch.Tensor, group: "torch.distributed.ProcessGroup"
+) -> Any:
+    """Start to sum each process's part over processes; a work to wait for."""
+    # Torch 2.13 has another name for it, and warns of the one that 2.11 knows.
+    known = getattr(torch.distributed, "reduce_scatter_single", None)
+    function = known or torch.distributed.reduce_scatter_tensor
+    return function(own, parts, group=group, async_op=True)
 
 
 def backward_pass() -> int:

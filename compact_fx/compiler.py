@@ -73,7 +73,20 @@ class GraphCompiler:
                 "its parameters are attributes and not inputs, as Dynamo's splitting of graphs for "
                 "DistributedDataParallel makes them; switch off Dynamo's optimize_ddp"
             )
-        return any(self._example_inputs[index].requires_grad for index in self._weights)
+        tensors = [value for value in self._example_inputs if isinstance(value, Tensor)]
+        if any(map(_torch.is_of_flat_parameter, tensors)):
+            raise CannotCompact(
+                "FullyShardedDataParallel (FSDP1) makes one flat parameter of its weights; use "
+                "fully_shard (FSDP2)"
+            )
+        trained = [self._example_inputs[index] for index in self._weights]
+        trained = [weight for weight in trained if weight.requires_grad]
+        if any(map(_torch.is_sharded, trained)):
+            raise CannotCompact(
+                "its weights are DTensors within the graph, as tensor parallelism makes them; "
+                "fully_shard alone (FSDP2) gathers them before"
+            )
+        return bool(trained)
 
     def visit(self, visitor: Callable[[JointGraph], T], *, like_eager: bool = False) -> T | None:
         """What the visitor makes of the joint graph; None for a graph without a backward pass.
@@ -202,8 +215,22 @@ class GraphCompiler:
         }
         sides = {i: r.side for i, r in records.items() if r is not None and r.side is not None}
         return capture(
-            module, num_fwd_outputs, static_inputs, self._weights, self._buffers, salts, sides
+            module,
+            num_fwd_outputs,
+            static_inputs,
+            self._weights,
+            self._buffers,
+            salts,
+            sides,
+            self._shards(),
         )
+
+    def _shards(self) -> dict[int, int]:
+        """By index which dimension `fully_shard` has sharded, where that matters to a gradient."""
+        if self._config.gradients == "dense":
+            return {}
+        found = {i: _torch.sharding_of(self._example_inputs[i]) for i in self._weights}
+        return {index: known.dim for index, known in found.items() if known is not None}
 
 
 def _cache_id(plan: Plan | None) -> str:

@@ -3,6 +3,7 @@
     python examples/pretrain_llama.py
     python examples/pretrain_llama.py --config 130m --rank 0.125 --batch 32 --seq 256
     torchrun --nproc-per-node 2 examples/pretrain_llama.py --parallel ddp
+    torchrun --nproc-per-node 2 examples/pretrain_llama.py --parallel fsdp
 
 The model is the one in transformers, unmodified. The optimizer is torch.optim.AdamW, with the same
 settings in CompactAdamW where gradients are sketched. Every backend starts from the same weights
@@ -11,6 +12,7 @@ so nothing is downloaded.
 """
 
 import argparse
+import functools
 import gc
 import json
 import math
@@ -30,6 +32,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 from text import VOCABULARY, batches, load_text
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -42,6 +45,7 @@ from compact_fx import (
     CompactConfig,
     compact_backend,
     exchange_factors,
+    shard_placement,
 )
 from compact_fx.projections import KINDS
 
@@ -63,7 +67,7 @@ class Result:
     losses: list[float] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    saved_bytes: int = 0
+    saved_bytes: int | None = None
     peak_bytes: int | None = None
     report: str | None = None
 
@@ -137,7 +141,8 @@ def make_parser() -> Parser:
     add("--lr", type=positive, default=1e-3, help="peak learning rate")
     add("--seed", type=at_least(0), default=0, help="of weights, batches and projections")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="such as cuda:1")
-    add("--parallel", choices=("ddp",), help="under torchrun: each process has a part of the batch")
+    each = "under torchrun: each process has a part of the batch; with fsdp of the weights as well"
+    add("--parallel", choices=("ddp", "fsdp"), help=each)
     add("--dtype", choices=DTYPES, help="bf16 is autocast (default: bf16 on CUDA, else float32)")
     add("--out", type=Path, default=Path("out"), help="folder for the figure and the JSON file")
     add("--report", action="store_true", help="print compact's whole report, not its first line")
@@ -170,6 +175,16 @@ def make_model(config: LlamaConfig, seed: int, device: torch.device) -> LlamaFor
     """The same weights for the same seed, on every device."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(config).to(device)
+
+
+def shard(model: LlamaForCausalLM, backend: Any, sketched: bool) -> None:
+    """Compile and shard block by block, as torchtitan does; the head is not compiled."""
+    placement = shard_placement if sketched else None
+    for block in model.model.layers:
+        if backend is not None:
+            block.compile(backend=backend)
+        fully_shard(block, shard_placement_fn=placement)
+    fully_shard(model, shard_placement_fn=placement)
 
 
 def make_schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
@@ -234,11 +249,14 @@ def train(name: str, config: LlamaConfig, text: tuple[Tensor, Tensor], args: Any
     backend = compact_backend(**args.settings) if name == "compact" else name
     sketched = name == "compact" and args.gradients == "sketched"
     called: nn.Module = model
-    if args.parallel:
+    if args.parallel == "ddp":
         if sketched:
             exchange_factors(model)
         called = DistributedDataParallel(model)
-    compiled = called if name == "eager" else torch.compile(called, backend=backend)
+    elif args.parallel == "fsdp":
+        shard(model, None if name == "eager" else backend, sketched)
+    by_blocks = args.parallel == "fsdp"
+    compiled = called if name == "eager" or by_blocks else torch.compile(called, backend=backend)
     adamw = CompactAdamW if sketched else torch.optim.AdamW
     optimizer = adamw(model.parameters(), lr=args.lr)
     schedule = make_schedule(optimizer, args.steps)
@@ -268,7 +286,9 @@ def train(name: str, config: LlamaConfig, text: tuple[Tensor, Tensor], args: Any
             result.validation.append((step, validate(model, held_out, autocast)))
     if device.type == "cuda":
         result.peak_bytes = torch.cuda.max_memory_allocated(device)
-    result.saved_bytes = bytes_saved_for_backward(model, lambda: loss_of(compiled, own, autocast))
+    if not by_blocks:  # there weights that were gathered would count
+        forward = functools.partial(loss_of, compiled, own, autocast)
+        result.saved_bytes = bytes_saved_for_backward(model, forward)
     if isinstance(backend, CompactBackend):
         result.report = str(backend.report())
     return result
@@ -360,10 +380,12 @@ def start_processes(args: argparse.Namespace) -> tuple[int, int]:
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if not args.parallel:
         if processes > 1:
-            raise ValueError("several processes: say how they share the work (--parallel ddp)")
+            raise ValueError(
+                "several processes: say how they share the work (--parallel ddp, fsdp)"
+            )
         return 0, 1
     if "WORLD_SIZE" not in os.environ:
-        raise ValueError("--parallel ddp needs torchrun --nproc-per-node N")
+        raise ValueError(f"--parallel {args.parallel} needs torchrun --nproc-per-node N")
     if args.batch % processes:
         raise ValueError(f"--batch {args.batch} is not a multiple of {processes} processes")
     if torch.device(args.device).type == "cuda":

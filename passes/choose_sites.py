@@ -17,7 +17,7 @@ from compact_fx.passes.costs import (
     projection_bytes,
 )
 from compact_fx.passes.joint_graph import JointGraph
-from compact_fx.passes.list_sites import Uses, list_sites
+from compact_fx.passes.list_sites import Uses, keeps_shards, list_sites
 from compact_fx.passes.live_bytes import graph_memory
 from compact_fx.passes.nodes import is_tensor, storage_of
 from compact_fx.passes.partition import Partition, partition
@@ -110,8 +110,13 @@ def choose_for(
     best = _try(joint, _placed(draft, everything if config.place == "early" else set()))
     early = best.smaller_early(uses) if config.place == "auto" else set()
     on_output = {site.index for site in draft.sketched if site.side == "output"}
-    # Those that other graphs have on this side stay there.
-    early = {key for key in early if key[0] not in on_output & joint.sides.keys()}
+    # Those that other graphs have on this side stay there, and those that are sharded for it.
+    staying = on_output & {
+        index
+        for (index, _), use in uses.items()
+        if index in joint.sides or not keeps_shards(use, "input", joint.shards.get(index))
+    }
+    early = {key for key in early if key[0] not in staying}
     if early:
         moved = on_output & {index for index, _ in early}
         other, others = list_sites(joint, config, failed, moved) if moved else (draft, uses)

@@ -28,6 +28,7 @@ class JointGraph:
         buffers: input indices of the buffers.
         salts: input index → salt, of those parameters that have a projection from other graphs.
         sides: input index → side, of those that are sketched in other graphs.
+        shards: input index → dimension, of those that processes have parts of: a factor keeps it.
         added: input index → role, of the inputs that this project adds; in the plan's order.
         like_eager: cut it as eager autograd would, which recomputes nothing; to compare with.
     """
@@ -39,6 +40,7 @@ class JointGraph:
     buffers: frozenset[int] = frozenset()
     salts: Mapping[int, int] = field(default_factory=dict)
     sides: Mapping[int, Side] = field(default_factory=dict)
+    shards: Mapping[int, int] = field(default_factory=dict)
     added: Mapping[int, ProjectionInput | FactorInput] = field(default_factory=dict)
     like_eager: bool = False
 
@@ -153,6 +155,7 @@ def capture(
     buffers: frozenset[int] = frozenset(),
     salts: Mapping[int, int] | None = None,
     sides: Mapping[int, Side] | None = None,
+    shards: Mapping[int, int] | None = None,
 ) -> JointGraph:
     """What AOTAutograd gives to a partitioner, in the form that all passes expect; taken over.
 
@@ -164,5 +167,12 @@ def capture(
     _torch.eliminate_common_subexpressions(module)
     positions = tuple(static_inputs)
     return JointGraph(
-        module, num_fwd_outputs, positions, weights, buffers, salts or {}, sides or {}
+        module,
+        num_fwd_outputs,
+        positions,
+        weights,
+        buffers,
+        salts or {},
+        sides or {},
+        shards or {},
     )

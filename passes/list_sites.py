@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import get_args
 
 from torch import fx
 
@@ -11,7 +12,7 @@ from compact_fx.errors import failures_of
 from compact_fx.passes.find_weight_grads import Use, WeightGrad, find_weight_grads
 from compact_fx.passes.joint_graph import JointGraph
 from compact_fx.passes.nodes import GROUPED_PRODUCT
-from compact_fx.plan import FactorInput, Plan, ProjectionInput, Site
+from compact_fx.plan import FactorInput, Plan, ProjectionInput, Side, Site
 from compact_fx.projections import Projection, salt_of
 
 CHOSEN = {"not in include", "in exclude", "no pattern of rank matches"}
@@ -46,9 +47,10 @@ def list_sites(
         The draft, and what each of its sites is in the graph.
 
     Contract: a tracked weight with less out_features than in_features is sketched on its output
-    side; all others on their input side. A weight that has a projection from another graph keeps
-    it, and its side, and shares a sketch only with weights that have the same. A head is a weight
-    of the same shape as the table of words in the same graph, with more words than features.
+    side; all others on their input side. A factor keeps the dimension in which its weight is
+    sharded: that may ask for the other side. A weight that has a projection from another graph
+    keeps it, and its side, and shares a sketch only with weights that have the same. A head is a
+    weight of the same shape as the table of words in the same graph, with more words than features.
     """
     grads = find_weight_grads(joint, skip=failed)
     uses = {(grad.index, i): use for grad in grads for i, use in enumerate(grad.uses)}
@@ -57,7 +59,9 @@ def list_sites(
     sites = [
         site
         for grad in grads
-        for site in _sites_of(grad, config, grad.index in known | set(input_side), head)
+        for site in _sites_of(
+            grad, config, grad.index in known | set(input_side), head, joint.shards.get(grad.index)
+        )
     ]
     uses |= {(s.index, s.use): uses[s.index, s.use].on(s.side) for s in sites if s.rank}
     salts, connected = _salts(sites, uses, joint.salts)
@@ -110,24 +114,39 @@ def list_sites(
 
 
 def _sites_of(
-    grad: WeightGrad, config: CompactConfig, on_input: bool, head: tuple[int, int] | None
+    grad: WeightGrad,
+    config: CompactConfig,
+    on_input: bool,
+    head: tuple[int, int] | None,
+    shard: int | None,
 ) -> Iterable[Site]:
     bare = Site(weight=grad.name, index=grad.index)
     if not grad.uses:
         yield replace(bare, reason=grad.reason)
     for i, use in enumerate(grad.uses):
         with failures_of("list_sites", grad.name):
-            yield _site(replace(bare, use=i), use, config, on_input, head)
+            yield _site(replace(bare, use=i), use, config, on_input, head, shard)
     if grad.uses and grad.reason:
         yield replace(bare, use=len(grad.uses), reason=f"another part: {grad.reason}")
 
 
+def keeps_shards(use: Use, side: Side, shard: int | None) -> bool:
+    """Whether the factor of a weight has the dimension in which that is sharded, if it is."""
+    return shard is None or use.on(side).dim != shard
+
+
 def _site(
-    bare: Site, use: Use, config: CompactConfig, on_input: bool, head: tuple[int, int] | None
+    bare: Site,
+    use: Use,
+    config: CompactConfig,
+    on_input: bool,
+    head: tuple[int, int] | None,
+    shard: int | None,
 ) -> Site:
     """The site with its rank, or with the reason why it is left alone.
 
     head: out_features and in_features of a head over the vocabulary.
+    shard: the dimension in which the weight is sharded.
     """
     n, m = use.in_features, use.out_features
     if not (isinstance(n, int) and isinstance(m, int) and isinstance(use.experts, int)):
@@ -146,9 +165,16 @@ def _site(
         return replace(bare, reason=f"a head over {m} words: sketch_heads=False")
     if config.kind == "tracked" and use.matmul.target is GROUPED_PRODUCT:
         return replace(bare, reason="a grouped matmul of this dtype is not tracked")
-    on_output = config.kind == "tracked" and config.min_features <= m < n and not on_input
-    if on_output and resolve_rank(rank, m) <= m:
+    may_be_output = config.kind == "tracked" and config.min_features <= m <= n and not on_input
+    may_be_output = may_be_output and resolve_rank(rank, m) <= m
+    fits_input, fits_output = (keeps_shards(use, side, shard) for side in get_args(Side))
+    hint = f"sharded in dimension {shard}: see compact_fx.shard_placement"
+    if may_be_output and fits_output and (m < n or not fits_input):
         bare, n = replace(bare, side="output"), m
+    elif not fits_input:
+        return replace(bare, reason=hint)
+    elif may_be_output and m < n:
+        bare = replace(bare, reason=f"on its input side, {hint}")
     if (columns := resolve_rank(rank, n)) > n:
         return replace(bare, reason=f"rank {columns} > in_features {n}")
     if columns % use.rank_multiple:

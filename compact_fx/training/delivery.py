@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compact_fx.projections import Basis
-from compact_fx.training.gradients import SketchedGrad, accumulate
+from compact_fx.training.gradients import SketchedGrad
 from compact_fx.training.weights import known_record
 
 
@@ -19,12 +19,15 @@ def is_own_hook(hook: object) -> bool:
 def refuse_hooks(weights: Iterable[Tensor]) -> None:
     """Raise, before anything runs, where a hook would be called without its gradient."""
     for weight in weights:
-        own = weight._post_accumulate_grad_hooks
-        if weight._backward_hooks or (own and not all(map(is_own_hook, own.values()))):
-            raise RuntimeError(
-                f"a hook of the weight of shape {tuple(weight.shape)} would not see its sketched "
-                'gradient: exclude the weight, or use gradients="dense"'
-            )
+        record = known_record(weight)
+        sharding = None if record is None else record.sharding
+        for tensor in (weight,) if sharding is None else (weight, sharding.parameter):
+            own = tensor._post_accumulate_grad_hooks
+            if tensor._backward_hooks or (own and not all(map(is_own_hook, own.values()))):
+                raise RuntimeError(
+                    f"a hook of the weight of shape {tuple(weight.shape)} would not see its "
+                    'sketched gradient: exclude the weight, or use gradients="dense"'
+                )
 
 
 def empty_leaf(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -67,7 +70,6 @@ def _deliver(leaf: Tensor, weight: Tensor | None, basis: Basis) -> None:
             "between: call backward before optimizer.step()"
         )
     refuse_hooks([weight])
-    accumulate(weight, SketchedGrad(factor, basis))
-    record.exchange_gradient(weight)
+    record.deliver(weight, SketchedGrad(factor, basis))
     if record.listener is not None:
         record.listener(weight)

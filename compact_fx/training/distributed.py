@@ -1,6 +1,9 @@
 """Several processes: what DistributedDataParallel exchanges, and what is exchanged here."""
 
-from collections.abc import Sequence
+import functools
+import weakref
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -8,6 +11,7 @@ from torch import Tensor, nn
 from compact_fx import _torch
 from compact_fx.training.exchange import Exchange
 from compact_fx.training.gradients import SketchedGrad
+from compact_fx.training.sharded import ShardedExchange
 from compact_fx.training.weights import WeightRecord, record_of
 
 
@@ -36,6 +40,10 @@ def exchange_factors(model: nn.Module, process_group: "dist.ProcessGroup | None"
         )
     model = _torch.uncompiled(model)
     weights, others = _weights_of(model)
+    if any(map(_torch.is_sharded, weights.values())):
+        raise ValueError(
+            "exchange_factors is for DistributedDataParallel: with fully_shard no call is needed"
+        )
     records = [record_of(weight) for weight in weights.values()]
     before = {record.exchange for record in records} - {None}
     if any(e is not None and not e.is_of(weights, process_group) for e in before):
@@ -77,6 +85,59 @@ def _weights_of(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
     return weights, [name for name in named if name not in weights]
 
 
+def exchange_shards(
+    records: Mapping[int, WeightRecord], dims: Mapping[int, int], settings: Mapping[int, str]
+) -> None:
+    """From now on the weights among these that `fully_shard` gathers exchange over its processes.
+
+    Args:
+        records: of one graph, by the graph's input; all ranks ask for the same.
+        dims: which dimension of the weight a factor has not, where the gradient is one.
+        settings: what all ranks need to have alike, as `fully_shard` sends what these leave.
+
+    Raises:
+        ValueError: they are sharded as no factor can be, or ranks have different settings; weights
+            exchange nothing then.
+    """
+    sharded = {i: r.sharding for i, r in records.items() if r.sharding is not None}
+    new: dict[ShardedExchange, dict[str, str]] = {}
+    for index, sharding in sharded.items():
+        if sharding.is_replicated:
+            raise ValueError(
+                f"{sharding.name} is replicated over processes besides being sharded (HSDP): "
+                "sketched gradients and tracked projections need fully_shard over a mesh of one "
+                "dimension; or use gradients='dense' with another projection"
+            )
+        if dims.get(index) == sharding.dim:
+            raise ValueError(
+                f"{sharding.name} is sharded in dimension {sharding.dim}, which its sketch takes "
+                "away: call fully_shard before the first compiled forward pass, and shard equal "
+                "blocks alike"
+            )
+        if records[index].exchange is None:
+            new.setdefault(_exchange_of(sharding), {})[sharding.name] = settings[index]
+    for exchange, own in new.items():
+        exchange.check_settings(own)
+    for index, sharding in sharded.items():
+        record = records[index]
+        if record.exchange is None:
+            record.exchange, record.name = _exchange_of(sharding), sharding.name
+            record.exchange.add(sharding, functools.partial(getattr, record, "steps"))
+
+
+def _exchange_of(sharding: _torch.Sharding) -> ShardedExchange:
+    """One for all weights of a model that the same processes have parts of."""
+    by_ranks = _exchanges.setdefault(sharding.root, {})
+    ranks = tuple(dist.get_process_group_ranks(sharding.group))
+    if ranks not in by_ranks:
+        by_ranks[ranks] = ShardedExchange(sharding.group)
+    return by_ranks[ranks]
+
+
+_exchanges: MutableMapping[Any, dict[tuple[int, ...], ShardedExchange]]
+_exchanges = weakref.WeakKeyDictionary()
+
+
 def before_forward(records: Sequence[WeightRecord], *, is_shared: bool) -> None:
     """Before a graph runs with these weights: their gradients will be exchanged, or not.
 
@@ -89,9 +150,10 @@ def before_forward(records: Sequence[WeightRecord], *, is_shared: bool) -> None:
     if not _torch.is_distributed():
         return
     ddp = _torch.active_ddp()
-    if ddp is None and dist.get_world_size() == 1:
-        return
+    is_alone = ddp is None and dist.get_world_size() == 1
     for record in records:
+        if is_alone and record.sharding is None:
+            continue
         if record.listener is not None:
             raise ValueError(
                 "step_in_backward=True steps before gradients are averaged over processes: set it "
@@ -101,8 +163,8 @@ def before_forward(records: Sequence[WeightRecord], *, is_shared: bool) -> None:
             raise ValueError(
                 "with torch.distributed sketched gradients and tracked projections need "
                 "compact_fx.exchange_factors(model), after init_process_group and before "
-                "DistributedDataParallel(model); or use gradients='dense' with another projection, "
-                "as with sharded weights (FSDP)"
+                "DistributedDataParallel(model), or fully_shard(model) (FSDP2) before the first "
+                "compiled forward pass; or use gradients='dense' with another projection"
             )
     for exchange in {record.exchange for record in records if record.exchange is not None}:
         exchange.begin_forward(ddp)

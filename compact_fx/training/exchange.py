@@ -34,11 +34,16 @@ class _Slot:
 
 @dataclass(frozen=True)
 class _Form:
-    """What all ranks have to have alike in a slot."""
+    """What all ranks have to have alike in a slot.
+
+    Attributes:
+        divisor: of the sum over ranks.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     settings: str
+    divisor: float
 
 
 def _text(forms: Mapping[_Slot, _Form]) -> str:
@@ -164,6 +169,12 @@ class Exchange:
             )
 
     @torch.no_grad()
+    def receive(self, weight: Tensor, gradient: SketchedGrad, name: str, settings: str) -> None:
+        """A sketched gradient has arrived for a weight; see `arrive`."""
+        accumulate(weight, gradient)
+        self.arrive(weight, name, settings)
+
+    @torch.no_grad()
     def arrive(self, weight: Tensor, name: str, settings: str) -> None:
         """A gradient has arrived in `weight.grad`: all that is there is averaged, and comes back.
 
@@ -175,9 +186,15 @@ class Exchange:
         if backward.is_local or weight.grad is None:
             return
         arrival, weight.grad = _Arrival(weight, weight.grad), None
+        self._take(backward, arrival, name, settings, float(len(self.ranks)))
+
+    def _take(
+        self, backward: _Backward, arrival: _Arrival, name: str, settings: str, divisor: float
+    ) -> None:
+        """Average what has arrived, as soon as all of a bucket has."""
         backward.arrivals.append(arrival)
         for part, tensor in arrival.parts().items():
-            form = _Form(tuple(tensor.shape), tensor.dtype, "")
+            form = _Form(tuple(tensor.shape), tensor.dtype, "", divisor)
             if isinstance(arrival.gradient, SketchedGrad):
                 basis = arrival.gradient.basis
                 form = replace(form, settings=f"{basis.projection}, seed={basis.seed}, {settings}")
@@ -217,13 +234,10 @@ class Exchange:
             else found[1]
             for slot, found in zip(bucket, taken, strict=True)
         ]
-        shares = [tensors[0].new_full((1,), float(found is not None)) for found in taken]
-        flat = torch.cat([tensor.reshape(-1) for tensor in (*tensors, *shares)])
-        flat.div_(len(self.ranks))
-        backward.works.append(self._all_reduce(flat))
-        *averaged, shares_of_all = torch.split(flat, [*(t.numel() for t in tensors), len(bucket)])
+        shares = torch.cat([tensors[0].new_full((1,), float(found is not None)) for found in taken])
+        work, averaged, shares_of_all = self._send(bucket, tensors, shares)
+        backward.works.append(work)
         for slot, found, tensor, share in zip(bucket, taken, averaged, shares_of_all, strict=True):
-            tensor = tensor.view(self._forms[slot].shape)
             if found is None:
                 backward.absent.append((slot, tensor, share))
             else:
@@ -235,8 +249,17 @@ class Exchange:
             raise RuntimeError(f"{slot.weight} is gone, and other ranks exchange its gradient")
         return weight
 
+    def _send(
+        self, bucket: Sequence[_Slot], tensors: Sequence[Tensor], shares: Tensor
+    ) -> tuple[Any, Sequence[Tensor], Tensor]:
+        """A work to wait for, and what is the mean of each tensor, and of the shares, after it."""
+        flat = torch.cat([tensor.reshape(-1) for tensor in (*tensors, shares)])
+        work = self._all_reduce(flat.div_(self._forms[bucket[0]].divisor))
+        *averaged, shares = torch.split(flat, [*(t.numel() for t in tensors), len(bucket)])
+        return work, [a.view(t.shape) for a, t in zip(averaged, tensors, strict=True)], shares
+
     def _all_reduce(self, flat: Tensor) -> Any:
-        """The one place where gradients go to other ranks; a work to wait for."""
+        """The one place where whole gradients go to other ranks; a work to wait for."""
         return dist.all_reduce(flat, group=self._group, async_op=True)
 
     # --- the end of a backward pass --------------------------------------------------------------
@@ -246,6 +269,7 @@ class Exchange:
         backward = self._backwards.pop(number, None)
         if backward is None or backward.is_local:
             return
+        self._take_kept(backward)
         while backward.launched < len(self._buckets):
             self._launch(backward)
         self._note = _Note(self._group, len(self.ranks), list(backward.arrived), self._steps())
@@ -261,6 +285,9 @@ class Exchange:
             arrival.put_back()
         for slot, averaged, share in backward.absent:
             self._take_of_others(slot, averaged, share)
+
+    def _take_kept(self, backward: _Backward) -> None:
+        """What earlier passes have kept goes at the latest now; here it lies in `weight.grad`."""
 
     def _take_of_others(self, slot: _Slot, averaged: Tensor, share: Tensor) -> None:
         """What other ranks have for a weight that this one has not used."""
@@ -290,16 +317,17 @@ class Exchange:
                         f"{first}: {_text(others)}; on rank {rank}: {_text(mine)}"
                     )
                 self._forms.update(mine)
-        open_buckets: dict[tuple[torch.dtype, torch.device], tuple[list[_Slot], int]] = {}
+        open_buckets: dict[tuple[Any, ...], tuple[list[_Slot], int]] = {}
         for slot in list(self._forms)[before:]:
-            form, device = self._forms[slot], self._weight(slot).device
+            form = self._forms[slot]
+            alike = (form.dtype, form.divisor, self._weight(slot).device)
             size = torch.Size(form.shape).numel() * form.dtype.itemsize
-            bucket, filled = open_buckets.get((form.dtype, device), ([], 0))
+            bucket, filled = open_buckets.get(alike, ([], 0))
             if not bucket or filled + size > BUCKET_BYTES:
                 bucket, filled = [], 0
                 self._buckets.append(bucket)
             bucket.append(slot)
-            open_buckets[form.dtype, device] = bucket, filled + size
+            open_buckets[alike] = bucket, filled + size
 
     # --- what ranks have alike -------------------------------------------------------------------
 

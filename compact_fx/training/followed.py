@@ -3,7 +3,7 @@
 import functools
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -164,8 +164,7 @@ def change_those_due() -> None:
     everything = [(reference, followed) for reference in _all if (followed := reference())]
     _all[:] = [reference for reference, _ in everything]
     due = [followed for _, followed in everything if followed.is_due]
-    for exchange in dict.fromkeys(f.exchange for f in due if f.exchange is not None):
-        _average([f for f in due if f.exchange is exchange], exchange)
+    share_gradients(due)
     alike: dict[tuple[object, ...], list[Followed]] = {}
     for followed in due:
         p = followed.version.matrix
@@ -183,21 +182,28 @@ def change_those_due() -> None:
             _change_at_once(seen[i : i + size])
 
 
-def _average(due: Sequence[Followed], exchange: Exchange) -> None:
-    """Every rank has the mean of what all ranks have seen.
+@torch.no_grad()
+def share_gradients(some: Iterable[Followed]) -> None:
+    """Every rank has the mean of what all ranks have seen: later means are the same for that.
 
     Raises:
-        RuntimeError: others are due on another rank.
+        RuntimeError: others are to be shared on another rank.
     """
-    mine = [(f.projection, f.seed, f.version.generation, f.columns) for f in due]
-    everyone = exchange.gather((mine, [f.gradient is not None for f in due]))
+    some = dict.fromkeys(some)
+    for exchange in dict.fromkeys(f.exchange for f in some if f.exchange is not None):
+        _average([f for f in some if f.exchange is exchange], exchange)
+
+
+def _average(some: Sequence[Followed], exchange: Exchange) -> None:
+    mine = [(f.projection, f.seed, f.version.generation, f.columns) for f in some]
+    everyone = exchange.gather((mine, [f.gradient is not None for f in some]))
     if any(theirs != mine for theirs, _ in everyone):
         raise RuntimeError(
             "ranks change different tracked projections: use the same settings, weights and steps "
             "on all of them"
         )
     heard = [any(has) for has in zip(*(has for _, has in everyone), strict=True)]
-    seen = [f for f, any_has in zip(due, heard, strict=True) if any_has]
+    seen = [f for f, any_has in zip(some, heard, strict=True) if any_has]
     for f in seen:
         if f.gradient is None:
             f.receive(torch.zeros((), device=f.version.matrix.device))

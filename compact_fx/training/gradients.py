@@ -199,6 +199,8 @@ class SketchedGrad(_Wrapper):
             norm: Tensor = torch.linalg.vector_norm(contents.factor, dtype=dtype)
             return norm.to(self.dtype)
         factor = contents.factor.to(dtype)
+        if not factor.numel():  # a part of a sharded one that has no rows
+            return factor.new_zeros((), dtype=self.dtype)
         largest = factor.abs().amax()
         unit = torch.where(largest.isfinite() & (largest > 0), largest, 1.0)
         norm = self.basis.norm(factor / unit) * largest
@@ -241,7 +243,8 @@ def _view(of: _Wrapper, shaped: Tensor, function: Callable[[Tensor], Tensor]) ->
 
 def _densely(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Run an operator on dense tensors; what it writes into becomes dense for good."""
-    if func.namespace not in ("aten", "prims"):
+    # Functional collectives read: a DTensor's `full_tensor()`.
+    if func.namespace not in ("aten", "prims", "_c10d_functional"):
         raise RuntimeError(
             f"{func} does not know sketched gradients: give it gradient.to_dense(), or train with "
             'gradients="dense"'
@@ -497,12 +500,18 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
 }
 
 
+def sketched_part(gradient: Tensor | None) -> SketchedGrad | None:
+    """The sketched gradient that this is, or that this process has of a sharded one."""
+    part = None if gradient is None else _torch.local_part(gradient)
+    return part if isinstance(part, SketchedGrad) else None
+
+
 def accumulate(weight: Tensor, gradient: Tensor) -> None:
     """Add a gradient to `weight.grad`, as autograd does; either may be sketched."""
     if weight.grad is None:
         weight.grad = gradient
-    elif isinstance(gradient, SketchedGrad) and not isinstance(
-        weight.grad, SketchedGrad | ConsumedGrad
+    elif sketched_part(gradient) is not None and not (
+        isinstance(weight.grad, ConsumedGrad) or sketched_part(weight.grad) is not None
     ):  # from a graph without sketches
         weight.grad = gradient.add_(weight.grad)
     else:

@@ -12,7 +12,7 @@ from compact_fx import _torch
 from compact_fx.plan import FactorInput, Plan
 from compact_fx.projections import Basis, DrawnBasis, Projection
 from compact_fx.training.delivery import empty_leaf, leaf_of, refuse_hooks
-from compact_fx.training.distributed import before_forward
+from compact_fx.training.distributed import before_forward, exchange_shards
 from compact_fx.training.followed import Followed, change_those_due
 from compact_fx.training.watch import Watch
 from compact_fx.training.weights import Group, WeightRecord, changes, record_of
@@ -43,6 +43,7 @@ class GraphInputs:
         named = {site.projection: site.weight for site in reversed(plan.sketched)}
         self._names = [named.get(number, "") for number in range(len(plan.projections))]
         self._indices = tuple(dict.fromkeys(i for p in plan.projection_inputs for i in p.owners))
+        self._settings = f"update_interval={interval}, follow={follow}"
         self._is_shared = bool(self._factors) or any(p.is_tracked for p in plan.projections)
         self._last: dict[tuple[int, ...], _Entry] = {}  # by ids of weights
 
@@ -126,7 +127,7 @@ class GraphInputs:
         for index, record in records.items():
             record.watch, record.is_factor = self._watch, False
             record.side = self._sides.get(index)
-            record.settings = f"update_interval={self._interval}, follow={self._follow}"
+            record.settings = self._settings
         factor_records = [records[role.index] for role in self._factors]
         for record, basis in zip(factor_records, factor_bases, strict=True):
             record.basis, record.is_factor = basis, True
@@ -150,7 +151,21 @@ class GraphInputs:
         return entry
 
     def _records(self, weights: Sequence[Tensor]) -> dict[int, WeightRecord]:
-        return dict(zip(self._indices, map(record_of, weights), strict=True))
+        records = dict(zip(self._indices, map(record_of, weights), strict=True))
+        if self._is_shared:
+            dims = {role.index: role.dim for role in self._factors}
+            exchange_shards(records, dims, self._texts())
+        return records
+
+    def _texts(self) -> dict[int, str]:
+        """By weight all that decides what its gradient is."""
+        shapes = {role.index: f"factor {role.shape}" for role in self._factors}
+        settings = f"seed={self._seed}, {self._settings}"
+        return {
+            index: f"{shapes.get(index, 'gradient')} {p}, {settings}"
+            for p, own in zip(self._plan.projections, self._plan.projection_inputs, strict=True)
+            for index in own.owners
+        }
 
     def _owners(self, records: Mapping[int, WeightRecord]) -> list[list[WeightRecord]]:
         """Of each projection."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from compact_fx import _torch
 from compact_fx.errors import warn_at_caller
 from compact_fx.projections import (
     KINDS,
@@ -86,6 +87,7 @@ def carry(state: dict[str, Any], old: Basis, new: Basis, refresh: Refresh) -> No
             continue
         if moment.shape[old.dim] != old.projection.rank:  # Adafactor's of the other side
             continue
+        moment = _torch.local_part(moment)
         if is_tracked and name in (*_LINEAR, *_SQUARED):
             turn = old.turn_to(new, moment) if turn is None else turn
             moment.copy_(old.turned(moment, turn if name in _LINEAR else turn.square()))

@@ -12,7 +12,8 @@ from compact_fx import _torch
 from compact_fx.errors import warn_at_caller
 from compact_fx.projections import Basis, Version
 from compact_fx.training import low_bit, moments
-from compact_fx.training.gradients import ConsumedGrad, SketchedGrad
+from compact_fx.training.followed import share_gradients
+from compact_fx.training.gradients import ConsumedGrad, sketched_part
 from compact_fx.training.moments import REFRESHES, Refresh
 from compact_fx.training.weights import (
     any_sketched,
@@ -331,11 +332,11 @@ class CompactOptimizer(torch.optim.Optimizer):
         if decay and not self._is_decoupled(group):
             sign = -1 if group.get("maximize") else 1  # the inner optimizer negates what it gets
             scale = getattr(self, "grad_scale", None)  # a fused one divides by it
-            coupled = basis.compress(weight).mul_(sign * decay)
+            coupled = basis.compress(_torch.local_part(weight)).mul_(sign * decay)
             factor = factor + (coupled if scale is None else coupled * scale)
         dtype = self._dtype_of_moments(factor.dtype)
         # Fused kernels take for granted that gradients and moments are laid out alike.
-        factor = factor.to(dtype).contiguous()
+        factor = _torch.with_part(weight, factor.to(dtype).contiguous())
         stand_in = torch.empty_like(factor)
         stand_in.grad = factor
         state = states[weight]
@@ -386,25 +387,27 @@ class CompactOptimizer(torch.optim.Optimizer):
         keep = 1.0
         if group.get("weight_decay") and self._is_decoupled(group):
             keep = 1.0 - float(group["lr"]) * group["weight_decay"]
-        update = step.stand_in.to(weight.dtype)
+        update = _torch.local_part(step.stand_in).to(weight.dtype)
         if self._rule.is_relative:
             smallest = group["eps"][1]
-            rms = weight.square().mean().sqrt()
+            rms = _torch.whole(weight.square().mean()).sqrt()
             update = update * (rms.clamp(min=smallest) / smallest)
         scale = group["scale"] * (step.basis.gain if self._rule.is_normalized else 1.0)
-        step.basis.update_(weight, update, keep=keep, scale=scale)
+        step.basis.update_(_torch.local_part(weight), update, keep=keep, scale=scale)
 
     # --- which gradients are stepped as factors --------------------------------------------------
 
     def _factor_of(self, weight: Tensor) -> tuple[Tensor, Basis] | None:
-        """The factor of a weight's gradient, None where it is stepped as it is."""
-        gradient = weight.grad
-        if gradient is None:
+        """The factor of a weight's gradient, None where it is stepped as it is.
+
+        Of a sharded weight, the part of it that is here.
+        """
+        if weight.grad is None:
             return None
-        known = self._basis_for(weight)
-        if isinstance(gradient, SketchedGrad):
+        known, gradient = self._basis_for(weight), sketched_part(weight.grad)
+        if gradient is not None:
             if gradient.factor is None and known is None and self.state.get(weight):
-                weight.grad = gradient.to_dense()
+                weight.grad = _torch.with_part(weight, gradient.to_dense())
                 return None
             if gradient.factor is None and not gradient.is_written:
                 self._refuse_projected(weight)
@@ -418,7 +421,7 @@ class CompactOptimizer(torch.optim.Optimizer):
         self._refuse_projected(weight)
         if self.state.get(weight):  # else it is how checkpoints make a state to load into
             self._warn(weight, "is dense: no sketch made it")
-        return known.compress(gradient), known
+        return known.compress(_torch.local_part(weight.grad)), known
 
     def _refuse_projected(self, weight: Tensor) -> None:
         """Raise where a dense gradient is G P Pᵀ already: it cannot be told from a G."""
@@ -476,7 +479,8 @@ class CompactOptimizer(torch.optim.Optimizer):
         @torch.compiler.disable
         def step_dense(weight: Tensor) -> None:
             # Autograd also calls this where a graph gives the weight itself no gradient.
-            if not isinstance(weight.grad, SketchedGrad | ConsumedGrad | None):
+            is_dense = weight.grad is not None and sketched_part(weight.grad) is None
+            if is_dense and not isinstance(weight.grad, ConsumedGrad):
                 step(weight)
 
         step_dense.is_compact = True  # type: ignore[attr-defined]
@@ -490,7 +494,18 @@ class CompactOptimizer(torch.optim.Optimizer):
         return enumerate(w for group in self.param_groups for w in group["params"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain numbers only; with each weight's projection and steps by name."""
+        """Tensors and plain numbers only; with each weight's projection and steps by name.
+
+        With weights that `fully_shard` shards all processes call it: what tracked projections have
+        seen is averaged.
+        """
+        share_gradients(
+            followed
+            for weight, basis in self._bases.items()
+            if _torch.is_sharded(weight)
+            and (record := known_record(weight)) is not None
+            and (followed := record.followed(basis)) is not None
+        )
         bare: dict[int, dict[str, Any]] = {}  # of weights that have no state: no entry here either
         for number, weight in self._numbered():
             record = known_record(weight)

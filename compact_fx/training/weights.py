@@ -19,7 +19,7 @@ from compact_fx.plan import Side
 from compact_fx.projections import Basis, Projection, Version
 from compact_fx.training.exchange import Exchange
 from compact_fx.training.followed import Followed, first_version
-from compact_fx.training.gradients import SketchedGrad
+from compact_fx.training.gradients import SketchedGrad, accumulate, sketched_part
 from compact_fx.training.watch import Watch
 
 
@@ -103,6 +103,7 @@ class WeightRecord:
         recomputed: what a checkpoint has recomputed in, until the gradient arrives.
         listener: called with the weight when a sketched gradient has arrived.
         watch: of the backend that compiled its graph, and settings: of that as text.
+        sharding: of what `fully_shard` gathers; None elsewhere.
         exchange: averages its gradient over processes, under this name; None elsewhere.
     """
 
@@ -119,6 +120,7 @@ class WeightRecord:
         self.listener: Callable[[Tensor], None] | None = None
         self.watch: Watch | None = None
         self.settings = ""
+        self.sharding: _torch.Sharding | None = None
         self.exchange: Exchange | None = None
         self.name = ""
         self._used: tuple[weakref.ref[Tensor], int] | None = None
@@ -141,6 +143,13 @@ class WeightRecord:
         self.in_graph = self.in_dense_graph = False
         self.is_stepped = True
         self.steps += 1
+
+    def deliver(self, weight: Tensor, gradient: SketchedGrad) -> None:
+        """A sketched gradient has arrived for the weight."""
+        if self.exchange is None:
+            accumulate(weight, gradient)
+        else:
+            self.exchange.receive(weight, gradient, self.name, self.settings)
 
     def exchange_gradient(self, weight: Tensor) -> None:
         """Something has arrived in `weight.grad`, which other processes want to have."""
@@ -204,8 +213,10 @@ def record_of(weight: Tensor) -> WeightRecord:
     record = _records.get(weight)
     if record is None:
         _watch_optimizers()
-        twin = _torch.sharded_parameter_of(weight)
+        sharding = _torch.sharding_of(weight)
+        twin = None if sharding is None else sharding.parameter
         record = (_records.get(twin) if twin is not None else None) or WeightRecord()
+        record.sharding = sharding
         for tensor in (weight, twin):
             if tensor is not None:
                 _records[tensor] = record
@@ -270,7 +281,7 @@ def use_gradients(optimizer: Optimizer, weights: Iterable[Tensor]) -> None:
             sketched = record.use(weight.grad, optimizer)
             if not sketched and record.watch is not None:
                 unsketched.add(record.watch)
-            elif record.steps > before and isinstance(weight.grad, SketchedGrad):
+            elif record.steps > before and sketched_part(weight.grad) is not None:
                 made_dense.append(record)
     for watch in unsketched:
         watch.stepped_unsketched()

@@ -395,6 +395,47 @@ def test_the_output_side_needs_room_for_the_rank(joint_of, settings, side):
     assert sites_of(plan)["2.weight"].side == side
 
 
+@pytest.mark.parametrize(
+    ("dimension", "side", "reason"),
+    [
+        (0, "input", "on its input side, sharded in dimension 0: see compact_fx.shard_placement"),
+        (1, "output", ""),
+    ],
+)
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_factor_keeps_the_dimension_that_is_sharded(joint_of, dimension, side, reason, recompute):
+    """Also where the other side would keep less (without recomputing)."""
+    joint = joint_of(narrowing(), batch(2, 512, 64))
+    index = next(i for i, name in joint.weights.items() if name == "2.weight")
+    config = tracked(recompute=recompute)
+    site = sites_of(choose_sites(replace(joint, shards={index: dimension}), config))["2.weight"]
+    if side == "output" and not recompute:  # x would cross for it alone
+        assert site.sketch is None or site.side == "output"
+    else:
+        assert (site.side, site.reason) == (side, reason)
+
+
+def test_a_weight_whose_factor_cannot_be_sharded_is_left_alone(joint_of):
+    """Dimension 1 is what the sketch of a widening layer takes away."""
+    joint = joint_of(narrowing(), batch(2, 512, 64))
+    shards = dict.fromkeys(joint.weights, 1)
+    for config in (tracked(), config_of(gradients="sketched")):
+        sites = sites_of(choose_sites(replace(joint, shards=shards), config))
+        assert sites["0.weight"].reason == "sharded in dimension 1: see compact_fx.shard_placement"
+        assert sites["0.weight"].sketch is None
+
+
+def test_an_equally_large_side_is_taken_where_it_can_be_sharded(joint_of):
+    """GPT-2's weights have in_features first: of a square one dimension 0 is sharded."""
+    joint = joint_of(nn.Sequential(nn.GELU(), Conv1D(64, 64)), batch(2, 512, 64))
+    config = tracked(place="late")
+    sides = [
+        sites_of(choose_sites(replace(joint, shards=shards), config))["1.weight"].side
+        for shards in ({}, dict.fromkeys(joint.weights, 0), dict.fromkeys(joint.weights, 1))
+    ]
+    assert sides == ["input", "output", "input"]
+
+
 def test_random_projections_stay_on_the_input_side(joint_of):
     plan = choose_sites(joint_of(narrowing(), batch(2, 512, 64)), config_of())
     assert {site.side for site in plan.sites} == {"input"}

@@ -1,10 +1,5 @@
 """Two gloo processes against one: `two_processes.py` runs, this judges."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -13,34 +8,13 @@ from torch.nn.parallel import DistributedDataParallel
 from compact_fx import SketchedGrad, compact_backend, exchange_factors
 from compact_fx.training.exchange import Exchange, _Form, _Slot
 
-SCRIPT = Path(__file__).with_name("two_processes.py")
-
-
-def run(folder, *names):
-    """Scenario → result on each rank."""
-    root = str(Path(__file__).parents[3])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(SCRIPT), str(rank), str(folder), *names],
-            env={**os.environ, "PYTHONPATH": path},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    errors = [process.communicate(timeout=500)[1] for process in processes]
-    assert not any(process.returncode for process in processes), "\n".join(errors)
-    first, second = (torch.load(folder / f"{r}.pt", weights_only=False) for r in (0, 1))
-    return {name: (first[name], second.get(name)) for name in first}
-
 
 @pytest.fixture(scope="module")
-def few(tmp_path_factory):
+def few(run_two):
     """What every run of the tests asks."""
     names = ("alone: full", "alone: quarter", "full, outside", "quarter")
     faults = ("unregistered", "other seed")
-    return run(tmp_path_factory.mktemp("few"), *names, *faults)
+    return run_two("two_processes.py", *names, *faults)
 
 
 FAULTS = {
@@ -78,7 +52,7 @@ SAME_GRADIENTS = {
 
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory):
+def many(run_two):
     """What CI asks."""
     alone = dict.fromkeys(f"alone: {name}" for name in SAME_GRADIENTS.values())
     others = (
@@ -90,8 +64,7 @@ def many(tmp_path_factory):
     )
     more = ("overlap, blocks", "scaled", "not a number")
     last = "sketched and unused on one rank"  # only one of them raises: nothing comes after it
-    folder = tmp_path_factory.mktemp("many")
-    return run(folder, *alone, *others, *more, *SAME_GRADIENTS, *FAULTS, last)
+    return run_two("two_processes.py", *alone, *others, *more, *SAME_GRADIENTS, *FAULTS, last)
 
 
 def assert_alike(actual, expected, relative=1e-5):
@@ -268,7 +241,7 @@ def test_buckets(process_group, monkeypatch):
     sizes = {"a": 10, "b": 50, "c": 10, "d": 10, "e": 8}
     forms = {
         _Slot(name, "factor", 0): _Form(
-            (size,), torch.bfloat16 if name == "d" else torch.float32, ""
+            (size,), torch.bfloat16 if name == "d" else torch.float32, "", 2.0
         )
         for name, size in sizes.items()
     }

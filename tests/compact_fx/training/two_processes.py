@@ -98,7 +98,7 @@ class Tied(nn.Module):
 
 def compact(**settings: Any) -> Any:
     """A backend that sketches the small weights here."""
-    return compact_backend(inner="aot_eager", min_features=8, **settings)
+    return compact_backend(**{"inner": "aot_eager", "min_features": 8} | settings)
 
 
 def batch(number: int, rank: int | None = RANK) -> tuple[Tensor, Tensor]:
@@ -552,10 +552,11 @@ def outcome(scenario: Callable[[], Any]) -> Any:
         return f"{type(error).__name__}: {error}"
 
 
-def main() -> None:
+def main(alone: dict[str, Callable[[], Any]], together: dict[str, Callable[[], Any]]) -> None:
+    """Run what was asked for, and save what came out."""
     torch.set_num_threads(1)
     folder, names = Path(sys.argv[2]), sys.argv[3:]
-    results: dict[str, Any] = {name: ALONE[name]() for name in names if name in ALONE and not RANK}
+    results: dict[str, Any] = {name: alone[name]() for name in names if name in alone and not RANK}
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder / 'store'}",
@@ -564,11 +565,12 @@ def main() -> None:
         timeout=timedelta(seconds=60),
     )
     for name in names:
-        if name in TOGETHER:
-            results[name] = outcome(TOGETHER[name])
+        if name in together:
+            print(name, file=sys.stderr, flush=True)  # says where a process has stopped
+            results[name] = outcome(together[name])
     torch.save(results, folder / f"{RANK}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    main(ALONE, TOGETHER)
