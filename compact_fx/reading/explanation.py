@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from tabulate import tabulate
@@ -23,6 +23,14 @@ from compact_fx.passes.live_bytes import GraphMemory, Moment, graph_memory
 from compact_fx.plan import Plan
 from compact_fx.reading.graphs import CompactedGraphs, named
 from compact_fx.reading.memory import Breakdown, LiveMemory, step_timeline
+from compact_fx.reading.ranks import (
+    Parallel,
+    Ranks,
+    Training,
+    check_ranks,
+    held_by,
+    ranks_of,
+)
 from compact_fx.reading.report import CompactionReport
 
 STATES = {"adamw": 2, "adam": 2, "sgd": 0, "momentum": 1}
@@ -30,6 +38,7 @@ STATES = {"adamw": 2, "adam": 2, "sgd": 0, "momentum": 1}
 
 COMPILED, DENSE, SKETCHED = "torch.compile", "compact, dense", "compact, sketched"
 VARIANTS = ("eager", COMPILED, DENSE, SKETCHED)
+MODES: Mapping[str, Literal["dense", "sketched"]] = {DENSE: "dense", SKETCHED: "sketched"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +50,20 @@ class Explanation:
         memory: by variant: "eager", "torch.compile", "compact, dense" and "compact, sketched"
             gradients.
         graphs: of each compiled graph, with the settings that were asked for.
+        ranks: one of several processes, by variant but "eager"; None for one process.
     """
 
     report: CompactionReport
     memory: Mapping[str, Breakdown]
     graphs: tuple[CompactedGraphs, ...] = field(repr=False)
+    ranks: Ranks | None = None
 
     def __str__(self) -> str:
-        return self.table() + "\n\n" + str(self.report)
+        return "\n\n".join([*self.tables(), str(self.report)])
+
+    def tables(self, tablefmt: str = "simple") -> list[str]:
+        """That of one process, and that of one of several."""
+        return [self.table(tablefmt), *([self.ranks.table(tablefmt)] if self.ranks else [])]
 
     def table(self, tablefmt: str = "simple") -> str:
         """The breakdown of each variant in GB (10⁹ bytes), or in MB where all is small."""
@@ -76,7 +91,8 @@ class Explanation:
             variant: {k: v for k, v in asdict(row).items() if k != "timeline"}
             for variant, row in self.memory.items()
         }
-        return {"memory": memory, "report": self.report.to_dict()}
+        ranks = {"ranks": self.ranks.to_dict()} if self.ranks else {}
+        return {"memory": memory, **ranks, "report": self.report.to_dict()}
 
     def to_json(self, indent: int | None = 1) -> str:
         """`to_dict` as text."""
@@ -102,6 +118,8 @@ def explain(
     loss: Callable[[Any], Tensor] | None = None,
     like_eager: bool = False,
     config: CompactConfig | None = None,
+    world_size: int | None = None,
+    parallel: Parallel | None = None,
     **kwargs: Any,
 ) -> Explanation:
     """What a backend with these settings would do to a model, and what a step would take.
@@ -117,6 +135,10 @@ def explain(
         like_eager: cut graphs as eager autograd would, in place of torch.compile's choice, which
             recomputes much; to see the paper's picture (its Table 6, with `recompute=False`).
         config: all settings; every keyword then goes to the model, also one named as a setting.
+        world_size, parallel: also what one of so many processes holds and sends, the batch being
+            each one's own: under DistributedDataParallel ("ddp"), or `fully_shard` of each block
+            and of the model ("fsdp"; a block is a member of an outermost ModuleList or
+            Sequential).
         kwargs: fields of `CompactConfig`, such as `rank=0.25`; all others go to the model.
 
     Raises:
@@ -126,6 +148,7 @@ def explain(
     """
     if optimizer not in STATES:
         raise ValueError(f"optimizer={optimizer!r} must be one of {', '.join(map(repr, STATES))}")
+    check_ranks(world_size, parallel)
     names = {field.name for field in fields(CompactConfig)} if config is None else set()
     config = config or config_from({k: v for k, v in kwargs.items() if k in names})
     inputs = {k: v for k, v in kwargs.items() if k not in names}
@@ -142,23 +165,21 @@ def explain(
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     lasting = storage_bytes([*model.parameters(), *model.buffers()])
     given = storage_bytes(_torch.tree_leaves((args, inputs)))
-    memory = {}
+    memory, trainings = {}, {}
     for way in VARIANTS:
         gradients, scratch = storage_bytes(weights), 0
+        mode = MODES.get(way)
+        planned = [(f.graphs[mode].plan, f.inputs) for f in analyser.found] if mode else []
         timeline: Sequence[Moment] = eager
         if way != "eager":
             graphs = [found.memory[way] for found in analyser.found]
             saved = sum(graph.saved for graph in graphs)
             timeline = step_timeline(graphs, outside)
         if way == SKETCHED:
-            planned = [(found.graphs["sketched"].plan, found.inputs) for found in analyser.found]
             sizes, scratch = sketched_sizes(weights, planned)
             gradients = sum(elements * itemsize for elements, itemsize in sizes)
         states = STATES[optimizer] * gradients
-        if way in (DENSE, SKETCHED):
-            gradient_mode = "dense" if way == DENSE else "sketched"
-            plans = [found.graphs[gradient_mode].plan for found in analyser.found]
-            states += sum(plan.account.projection_bytes for plan in plans)
+        states += sum(plan.account.projection_bytes for plan, _ in planned)
         step = Moment("optimizer", "step", gradients + scratch)
         base = lasting + states + given
         moments = tuple(replace(m, bytes=base + m.bytes) for m in (*timeline, step))
@@ -172,12 +193,25 @@ def explain(
             peak=peak,
             timeline=moments,
         )
+        trainings[way] = Training(
+            held=held_by(model, planned),
+            inputs=given,
+            buffers=storage_bytes(model.buffers()),
+            states=STATES[optimizer],
+            projections=tuple(p for plan, _ in planned for p in plan.projections),
+            interval=replace(config, gradients=mode or "dense").interval,
+            timeline=timeline,
+        )
+    ranks = None
+    if world_size is not None and parallel is not None:
+        del trainings["eager"]
+        ranks = ranks_of(trainings, memory, world_size, parallel)
     graphs_of = [found.graphs[config.gradients] for found in analyser.found]
     report = CompactionReport(
         plans=tuple(graphs.plan for graphs in graphs_of if graphs.plan.sites),
         graph_breaks=_torch.graph_breaks(breaks),
     )
-    return Explanation(report=report, memory=memory, graphs=tuple(graphs_of))
+    return Explanation(report=report, memory=memory, graphs=tuple(graphs_of), ranks=ranks)
 
 
 def _check_arguments(
