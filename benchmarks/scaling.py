@@ -8,6 +8,7 @@ It starts a process for each GPU by itself. What the results have already is not
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -63,12 +64,11 @@ def predicted(shape: str, parallel: str, step: str, gpus: int) -> dict[str, floa
     found = explain(
         model,
         loss=partial(loss_of, target=target),
-        world_size=gpus,
-        parallel=parallel.split()[0],
         **inputs,
         **settings,
     )
-    rank = found.ranks.each[way if VARIANTS[step].backend == "compact" else COMPILED]
+    ranks = found.ranks(gpus, parallel.split()[0])
+    rank = ranks.each[way if VARIANTS[step].backend == "compact" else COMPILED]
     return {
         "predicted_mb": rank.sent / 1e6,
         "predicted_peak_gb": (rank.peak + target.nbytes) / 1e9,
@@ -103,10 +103,9 @@ def measure(row: dict[str, Any], args: argparse.Namespace, folder: Path) -> dict
         result = Path(own) / "result.json"
         if result.exists():
             return {**row, **provenance(), **json.loads(result.read_text()), **found}
-        texts = [path.read_text().strip().splitlines() for path in errors]
-        last = [text[-1] for text in texts if text] or ["no result"]
-        raised = [line for line in last if "Error" in line]
-        return {**row, "error": (raised or last)[0]}
+        lines = [line for path in errors for line in path.read_text().splitlines()]
+        raised = [line for line in lines if re.match(r"[\w.]*Error: ", line)]
+        return {**row, "error": raised[0] if raised else f"no result in {args.timeout:g} s"}
 
 
 def wait_for(processes: list["subprocess.Popen[bytes]"], timeout: float) -> None:

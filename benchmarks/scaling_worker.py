@@ -82,7 +82,8 @@ def ddp(model: nn.Module, backend: Any, sketched: bool) -> Wrapped:
 
 
 def ddp_of_blocks(model: nn.Module, backend: Any, sketched: bool) -> Wrapped:
-    """Each block compiled, in DistributedDataParallel."""
+    """Each block compiled, in DistributedDataParallel; Dynamo would cut them at its buckets too."""
+    torch._dynamo.config.optimize_ddp = False
     for layer in model.layers:
         layer.compile(backend=backend)
     wrapper = _ddp(model, sketched)

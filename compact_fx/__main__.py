@@ -144,16 +144,19 @@ def _size(text: str) -> int:
 
 
 def _explain(args: argparse.Namespace) -> None:
-    found = _explained(
-        args, optimizer=args.optimizer, world_size=args.world_size, parallel=args.parallel
-    )
+    if (args.world_size is None) != (args.parallel is None):
+        raise _BadInput("--world-size and --parallel go together: give both, or none")
+    found = _explained(args, optimizer=args.optimizer)
+    ranks = None if args.parallel is None else found.ranks(args.world_size, args.parallel)
     for path, draw in ((args.plot, found.plot), (args.timeline, found.timeline)):
         if path is not None:
             print(f"wrote {draw(path)}", file=sys.stderr)
     if args.json:
-        print(found.to_json())
+        of_ranks = {} if ranks is None else {"ranks": ranks.to_dict()}
+        print(json.dumps(found.to_dict() | of_ranks, indent=1))
     else:
-        print(*found.tables(), found.report.table(wide=args.wide), sep="\n\n")
+        tables = [found.table(), *([] if ranks is None else [ranks.table()])]
+        print(*tables, found.report.table(wide=args.wide), sep="\n\n")
 
 
 def _fit(args: argparse.Namespace) -> None:

@@ -27,7 +27,6 @@ from compact_fx.reading.ranks import (
     Parallel,
     Ranks,
     Training,
-    check_ranks,
     held_by,
     ranks_of,
 )
@@ -50,20 +49,15 @@ class Explanation:
         memory: by variant: "eager", "torch.compile", "compact, dense" and "compact, sketched"
             gradients.
         graphs: of each compiled graph, with the settings that were asked for.
-        ranks: one of several processes, by variant but "eager"; None for one process.
     """
 
     report: CompactionReport
     memory: Mapping[str, Breakdown]
     graphs: tuple[CompactedGraphs, ...] = field(repr=False)
-    ranks: Ranks | None = None
+    _trainings: Mapping[str, Training] = field(repr=False)
 
     def __str__(self) -> str:
-        return "\n\n".join([*self.tables(), str(self.report)])
-
-    def tables(self, tablefmt: str = "simple") -> list[str]:
-        """That of one process, and that of one of several."""
-        return [self.table(tablefmt), *([self.ranks.table(tablefmt)] if self.ranks else [])]
+        return self.table() + "\n\n" + str(self.report)
 
     def table(self, tablefmt: str = "simple") -> str:
         """The breakdown of each variant in GB (10⁹ bytes), or in MB where all is small."""
@@ -91,12 +85,25 @@ class Explanation:
             variant: {k: v for k, v in asdict(row).items() if k != "timeline"}
             for variant, row in self.memory.items()
         }
-        ranks = {"ranks": self.ranks.to_dict()} if self.ranks else {}
-        return {"memory": memory, **ranks, "report": self.report.to_dict()}
+        return {"memory": memory, "report": self.report.to_dict()}
 
     def to_json(self, indent: int | None = 1) -> str:
         """`to_dict` as text."""
         return json.dumps(self.to_dict(), indent=indent)
+
+    def ranks(self, world_size: int, parallel: Parallel) -> Ranks:
+        """One of several processes, each with a batch like this one: what it holds, what it sends.
+
+        Args:
+            world_size: how many.
+            parallel: "ddp" for DistributedDataParallel; "fsdp" for `fully_shard` of each block and
+                of the model. A block is a member of an outermost ModuleList or Sequential.
+
+        Raises:
+            ValueError: there can be no such processes.
+        """
+        compiled = {way: self._trainings[way] for way in VARIANTS if way != "eager"}
+        return ranks_of(compiled, self.memory, world_size, parallel)
 
     def plot(self, path: str | Path) -> Path:
         """Stacked bars of each variant's memory; needs matplotlib."""
@@ -118,8 +125,6 @@ def explain(
     loss: Callable[[Any], Tensor] | None = None,
     like_eager: bool = False,
     config: CompactConfig | None = None,
-    world_size: int | None = None,
-    parallel: Parallel | None = None,
     **kwargs: Any,
 ) -> Explanation:
     """What a backend with these settings would do to a model, and what a step would take.
@@ -135,10 +140,6 @@ def explain(
         like_eager: cut graphs as eager autograd would, in place of torch.compile's choice, which
             recomputes much; to see the paper's picture (its Table 6, with `recompute=False`).
         config: all settings; every keyword then goes to the model, also one named as a setting.
-        world_size, parallel: also what one of so many processes holds and sends, the batch being
-            each one's own: under DistributedDataParallel ("ddp"), or `fully_shard` of each block
-            and of the model ("fsdp"; a block is a member of an outermost ModuleList or
-            Sequential).
         kwargs: fields of `CompactConfig`, such as `rank=0.25`; all others go to the model.
 
     Raises:
@@ -148,7 +149,6 @@ def explain(
     """
     if optimizer not in STATES:
         raise ValueError(f"optimizer={optimizer!r} must be one of {', '.join(map(repr, STATES))}")
-    check_ranks(world_size, parallel)
     names = {field.name for field in fields(CompactConfig)} if config is None else set()
     config = config or config_from({k: v for k, v in kwargs.items() if k in names})
     inputs = {k: v for k, v in kwargs.items() if k not in names}
@@ -202,16 +202,12 @@ def explain(
             interval=replace(config, gradients=mode or "dense").interval,
             timeline=timeline,
         )
-    ranks = None
-    if world_size is not None and parallel is not None:
-        del trainings["eager"]
-        ranks = ranks_of(trainings, memory, world_size, parallel)
     graphs_of = [found.graphs[config.gradients] for found in analyser.found]
     report = CompactionReport(
         plans=tuple(graphs.plan for graphs in graphs_of if graphs.plan.sites),
         graph_breaks=_torch.graph_breaks(breaks),
     )
-    return Explanation(report=report, memory=memory, graphs=tuple(graphs_of), ranks=ranks)
+    return Explanation(report=report, memory=memory, graphs=tuple(graphs_of), _trainings=trainings)
 
 
 def _check_arguments(

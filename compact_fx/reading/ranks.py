@@ -187,8 +187,8 @@ class Ranks:
         """Memory and what is sent, in GB (10⁹ bytes), or in MB where all is small."""
         small = max(rank.peak for rank in self.each.values()) < 1e9
         unit, name_of_unit = (1e6, "MB") if small else (1e9, "GB")
-        names = ("weights", "gradients", "moments", "projections", "whole", "peak")
-        names += ("sent_gradients", "sent_weights", "sent_projections", "sent")
+        names = ["weights", "gradients", "moments", "projections", "whole", "peak"]
+        names += ["sent_gradients", "sent_weights", "sent_projections", "sent"]
         rows = [
             [variant, *(f"{getattr(rank, name) / unit:.2f}" for name in names)]
             for variant, rank in self.each.items()
@@ -202,19 +202,6 @@ class Ranks:
         """Plain data with stable names, all sizes in bytes."""
         each = {name: {**asdict(rank), "sent": rank.sent} for name, rank in self.each.items()}
         return {"world_size": self.world_size, "parallel": self.parallel, "each": each}
-
-
-def check_ranks(world_size: int | None, parallel: str | None) -> None:
-    """Raise ValueError where there cannot be such ranks."""
-    if (world_size is None) != (parallel is None):
-        raise ValueError(
-            f"world_size={world_size!r} and parallel={parallel!r} go together: give both, or none"
-        )
-    if world_size is not None and (type(world_size) is not int or world_size < 1):
-        raise ValueError(f"world_size={world_size!r} must be an int ≥ 1")
-    if parallel is not None and parallel not in get_args(Parallel):
-        choices = ", ".join(map(repr, get_args(Parallel)))
-        raise ValueError(f"parallel={parallel!r} must be one of {choices}")
 
 
 def held_by(model: nn.Module, planned: Iterable[tuple[Plan, Sequence[Any]]]) -> tuple[Held, ...]:
@@ -265,7 +252,16 @@ def ranks_of(
     world_size: int,
     parallel: Parallel,
 ) -> Ranks:
-    """One of so many processes for each variant; `alone`: what one process takes without others."""
+    """One of so many processes for each variant; `alone`: what one process takes without others.
+
+    Raises:
+        ValueError: there can be no such processes.
+    """
+    if type(world_size) is not int or world_size < 1:
+        raise ValueError(f"world_size={world_size!r} must be an int ≥ 1")
+    if parallel not in get_args(Parallel):
+        choices = ", ".join(map(repr, get_args(Parallel)))
+        raise ValueError(f"parallel={parallel!r} must be one of {choices}")
     each = {
         way: with_ddp(training, world_size, alone[way])
         if parallel == "ddp"

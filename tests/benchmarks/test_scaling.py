@@ -76,4 +76,4 @@ def test_an_error_is_a_row(tmp_path):
     out = tmp_path / "scaling.json"
     options = ["--gpus", "2", "--parallel", "fsdp", "--variants", "torch.compile"]
     rows = run(out, *options, "--timeout", "0.01")
-    assert rows[0]["error"] == "no result"
+    assert rows[0]["error"] == "no result in 0.01 s"

@@ -212,7 +212,8 @@ def test_files_that_are_no_configuration(capsys, tmp_path, content):
         (["--rank", "0"], "rank=0 must be a float in"),
         (["--rank", "2.0"], "rank=2.0 must be a float in"),
         (["--rank", "-1"], "rank=-1.0 must be"),
-        (["--world-size", "8"], "world_size=8 and parallel=None go together"),
+        (["--world-size", "8"], "--world-size and --parallel go together"),
+        (["--world-size", "0", "--parallel", "ddp"], "world_size=0 must be an int ≥ 1"),
         (["--plot", "/dev/null/x.png"], "/dev/null"),
     ],
 )

@@ -67,8 +67,8 @@ def messages(monkeypatch):
 def test_fsdp_is_what_fully_shard_does(make_llama, tokens, many_ranks, messages):
     """Parts of weights, gradients and moments, and every byte that a step sends."""
     model = make_llama(1)
-    found = explain(model, input_ids=tokens, labels=tokens, world_size=RANKS, parallel="fsdp")
-    rank = found.ranks.each[COMPILED]
+    found = explain(model, input_ids=tokens, labels=tokens)
+    rank = found.ranks(RANKS, "fsdp").each[COMPILED]
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
@@ -91,8 +91,9 @@ def test_ddp_is_what_a_step_leaves(make_llama, tokens):
     interval = {"update_interval": 10}
     batch = {"input_ids": tokens, "labels": tokens}
     model = make_llama(1)
-    found = explain(model, **batch, **interval, world_size=8, parallel="ddp")
-    rank, alone = found.ranks.each[SKETCHED], found.memory[SKETCHED]
+    found = explain(model, **batch, **interval)
+    each = found.ranks(8, "ddp").each
+    rank, alone = each[SKETCHED], found.memory[SKETCHED]
     backend = compact_backend(inner="aot_eager", **interval)
     torch.compile(model, backend=backend)(**batch).loss.backward()
     CompactAdamW(model.parameters()).step()
@@ -112,8 +113,7 @@ def test_ddp_is_what_a_step_leaves(make_llama, tokens):
     others = [w for n, w in model.named_parameters() if "norm" in n or "embed" in n]
     assert rank.whole == sum(weight.nbytes for weight in others)
     assert rank.peak == alone.peak + rank.whole
-    dense = found.ranks.each[DENSE]
-    assert dense.whole == sum(weight.nbytes for weight in model.parameters())
+    assert each[DENSE].whole == sum(weight.nbytes for weight in model.parameters())
 
 
 def training(*held, projections=(), timeline=NOTHING):
@@ -189,32 +189,21 @@ def test_blocks_are_members_of_the_outermost_list():
     assert blocks_of(nn.Sequential(nn.Linear(2, 2))) == {"0.weight": "0", "0.bias": "0"}
 
 
-@pytest.mark.parametrize(
-    ("given", "text"),
-    [
-        ({"world_size": 2}, "world_size=2 and parallel=None go together"),
-        ({"parallel": "ddp"}, "world_size=None and parallel='ddp' go together"),
-        ({"world_size": 0, "parallel": "ddp"}, "world_size=0 must be an int ≥ 1"),
-        ({"world_size": 2.0, "parallel": "ddp"}, "world_size=2.0 must be"),
-        ({"world_size": 2, "parallel": "tp"}, "parallel='tp' must be one of 'ddp', 'fsdp'"),
-    ],
-)
-def test_ranks_that_cannot_be(given, text):
-    with pytest.raises(ValueError, match=text):
-        explain(nn.Linear(64, 64), torch.zeros(4, 64), **given)
-
-
 def test_ranks_in_tables_and_data():
-    """Rows of both tables have one name each; what is sent adds up."""
+    """Rows of both have one name each; what is sent adds up; what cannot be is told."""
     model, x = nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 64)), torch.zeros(512, 64)
-    found = explain(model, x, world_size=2, parallel="fsdp")
-    data = found.to_dict()["ranks"]
+    found = explain(model, x)
+    ranks = found.ranks(2, "fsdp")
+    data = ranks.to_dict()
     assert (data["world_size"], data["parallel"]) == (2, "fsdp")
     assert list(data["each"]) == [COMPILED, DENSE, SKETCHED]
     rank = data["each"][SKETCHED]
     assert rank["sent"] == sum(v for name, v in rank.items() if name.startswith("sent_")) > 0
-    first, *rows = found.ranks.table("tsv").splitlines()
+    first, *rows = ranks.table("tsv").splitlines()
     assert first.startswith("MB, one of 2 (fsdp)")
     assert [row.split("\t")[0].strip() for row in rows] == list(data["each"])
-    assert found.ranks.table() in str(found)
-    assert "ranks" not in explain(model, x).to_dict()
+    assert str(ranks) == ranks.table()
+    with pytest.raises(ValueError, match=r"world_size=2\.0 must be an int ≥ 1"):
+        found.ranks(2.0, "ddp")
+    with pytest.raises(ValueError, match="parallel='tp' must be one of 'ddp', 'fsdp'"):
+        found.ranks(2, "tp")
