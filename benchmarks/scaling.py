@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def measure(row: dict[str, Any], args: argparse.Namespace, folder: Path) -> dict
         ]
         try:
             found = predicted(row["shape"], row["parallel"], row["step"], row["gpus"])
-            wait_for(processes, args.timeout)
+            ended = wait_for(processes, args.timeout)
         finally:
             for process in processes:
                 process.kill()
@@ -103,19 +104,22 @@ def measure(row: dict[str, Any], args: argparse.Namespace, folder: Path) -> dict
         result = Path(own) / "result.json"
         if result.exists():
             return {**row, **provenance(), **json.loads(result.read_text()), **found}
-        lines = [line for path in errors for line in path.read_text().splitlines()]
-        raised = [line for line in lines if re.match(r"[\w.]*Error: ", line)]
-        return {**row, "error": raised[0] if raised else f"no result in {args.timeout:g} s"}
+        lines = (line for path in errors for line in path.read_text().splitlines())
+        raised = (re.match(r"(?:\[rank\d+\]: )?([\w.]*Error: .*)", line) for line in lines)
+        return {**row, "error": next((found[1] for found in raised if found), ended)}
 
 
-def wait_for(processes: list["subprocess.Popen[bytes]"], timeout: float) -> None:
-    """Until all have ended, or one has failed, and the others would wait for it."""
-    for process in processes:
-        try:
-            if process.wait(timeout):
-                return
-        except subprocess.TimeoutExpired:
-            return
+def wait_for(processes: list["subprocess.Popen[bytes]"], timeout: float) -> str:
+    """Until all have ended, or one has failed, and the others would wait for it; says which."""
+    end = time.monotonic() + timeout
+    while any(process.poll() is None for process in processes):
+        failed = [process.returncode for process in processes if process.returncode]
+        if failed:
+            return f"a process ended with {failed[0]}"
+        if time.monotonic() > end:
+            return f"no result in {timeout:g} s"
+        time.sleep(0.1)
+    return "no result"
 
 
 def with_ratios(rows: list[dict[str, Any]]) -> None:
