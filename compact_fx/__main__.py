@@ -26,6 +26,7 @@ from compact_fx.projections import KINDS
 from compact_fx.reading.explanation import STATES, Explanation, explain
 from compact_fx.reading.fit import GPU, RANKS, fit
 from compact_fx.reading.graphs import dot_of
+from compact_fx.reading.ranks import Parallel
 
 
 class _BadInput(Exception):
@@ -77,6 +78,10 @@ def _parser() -> argparse.ArgumentParser:
         "explain", parents=[model, setting], help="what a training step would take; nothing is run"
     )
     command.add_argument("--optimizer", default="adamw", choices=STATES, help="(adamw)")
+    ranks = "also what one of so many processes holds and sends; with --parallel"
+    command.add_argument("--world-size", type=int, metavar="N", help=ranks)
+    how = "DistributedDataParallel, or fully_shard of blocks"
+    command.add_argument("--parallel", choices=get_args(Parallel), help=how)
     command.add_argument("--plot", type=Path, metavar="OUT.png", help="stacked bars")
     command.add_argument("--timeline", type=Path, metavar="OUT.png", help="memory over a step")
     command.add_argument("--json", action="store_true", help="print JSON")
@@ -139,14 +144,19 @@ def _size(text: str) -> int:
 
 
 def _explain(args: argparse.Namespace) -> None:
+    if (args.world_size is None) != (args.parallel is None):
+        raise _BadInput("--world-size and --parallel go together: give both, or none")
     found = _explained(args, optimizer=args.optimizer)
+    ranks = None if args.parallel is None else found.ranks(args.world_size, args.parallel)
     for path, draw in ((args.plot, found.plot), (args.timeline, found.timeline)):
         if path is not None:
             print(f"wrote {draw(path)}", file=sys.stderr)
     if args.json:
-        print(found.to_json())
+        of_ranks = {} if ranks is None else {"ranks": ranks.to_dict()}
+        print(json.dumps(found.to_dict() | of_ranks, indent=1))
     else:
-        print(found.table(), found.report.table(wide=args.wide), sep="\n\n")
+        tables = [found.table(), *([] if ranks is None else [ranks.table()])]
+        print(*tables, found.report.table(wide=args.wide), sep="\n\n")
 
 
 def _fit(args: argparse.Namespace) -> None:

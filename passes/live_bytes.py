@@ -26,11 +26,13 @@ class Moment:
     Attributes:
         operator: `mm.default`; "" for the state before the first.
         bytes: of everything but what lasts for the whole run (weights, states, inputs).
+        gradients: how many of them are gradients that a backward pass has made.
     """
 
     phase: Phase
     operator: str
     bytes: int
+    gradients: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ def _moments(
     written: list[list[int]] = []  # bytes of each tensor that gets memory at a step
     freed: list[list[int]] = []  # bytes of each that is done with, but for the graph's inputs
     late = [0] * len(steps)  # bytes that are held although Inductor counts them as free
+    returned, ready = 0, []  # bytes of the graph's results so far, at each step
     for i, step in enumerate(steps):
         dying = [s for s in step.reads if last[s] == i and s in live and s not in kept]
         new = [s for s in step.writes if s not in live and s not in static]
@@ -135,6 +138,8 @@ def _moments(
         live.update({storage: sizes[storage] for storage in new})
         now += sum(sizes[storage] for storage in new)
         alive.append(now)
+        returned += sum(sizes[storage] for storage in new if storage in kept)
+        ready.append(returned if phase == "backward" else 0)
         gone = [s for s in dying if s in live]
         gone += [s for s in new if s not in last and s not in kept]
         now -= sum(live.pop(storage) for storage in gone)
@@ -144,10 +149,10 @@ def _moments(
     if with_reuse:
         _keep_for_reuse(alive, written, freed)
     moments, after = [Moment(phase, "", start)], 0
-    for step, size, released in zip(steps, alive, late, strict=True):
-        moments.append(Moment(phase, step.operator, size + counted(step.workspace) + after))
+    for step, size, made, released in zip(steps, alive, ready, late, strict=True):
+        moments.append(Moment(phase, step.operator, size + counted(step.workspace) + after, made))
         after += released
-    moments[-1] = Moment(phase, steps[-1].operator, alive[-1])
+    moments[-1] = replace(moments[-1], bytes=alive[-1])
     return moments
 
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from tabulate import tabulate
@@ -24,6 +24,13 @@ from compact_fx.passes.live_bytes import GraphMemory, Moment, graph_memory
 from compact_fx.plan import Plan
 from compact_fx.reading.graphs import CompactedGraphs, named
 from compact_fx.reading.memory import Breakdown, LiveMemory, step_timeline
+from compact_fx.reading.ranks import (
+    Parallel,
+    Ranks,
+    Training,
+    held_by,
+    ranks_of,
+)
 from compact_fx.reading.report import CompactionReport
 
 STATES = {"adamw": 2, "adam": 2, "sgd": 0, "momentum": 1}
@@ -31,6 +38,7 @@ STATES = {"adamw": 2, "adam": 2, "sgd": 0, "momentum": 1}
 
 COMPILED, DENSE, SKETCHED = "torch.compile", "compact, dense", "compact, sketched"
 VARIANTS = ("eager", COMPILED, DENSE, SKETCHED)
+MODES: Mapping[str, Literal["dense", "sketched"]] = {DENSE: "dense", SKETCHED: "sketched"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +55,7 @@ class Explanation:
     report: CompactionReport
     memory: Mapping[str, Breakdown]
     graphs: tuple[CompactedGraphs, ...] = field(repr=False)
+    _trainings: Mapping[str, Training] = field(repr=False)
 
     def __str__(self) -> str:
         return self.table() + "\n\n" + str(self.report)
@@ -82,6 +91,20 @@ class Explanation:
     def to_json(self, indent: int | None = 1) -> str:
         """`to_dict` as text."""
         return json.dumps(self.to_dict(), indent=indent)
+
+    def ranks(self, world_size: int, parallel: Parallel) -> Ranks:
+        """One of several processes, each with a batch like this one: what it holds, what it sends.
+
+        Args:
+            world_size: how many.
+            parallel: "ddp" for DistributedDataParallel; "fsdp" for `fully_shard` of each block and
+                of the model. A block is a member of an outermost ModuleList or Sequential.
+
+        Raises:
+            ValueError: there can be no such processes.
+        """
+        compiled = {way: self._trainings[way] for way in VARIANTS if way != "eager"}
+        return ranks_of(compiled, self.memory, world_size, parallel)
 
     def plot(self, path: str | Path) -> Path:
         """Stacked bars of each variant's memory; needs matplotlib."""
@@ -143,23 +166,21 @@ def explain(
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     lasting = storage_bytes([*model.parameters(), *model.buffers()])
     given = storage_bytes(_torch.tree_leaves((args, inputs)))
-    memory = {}
+    memory, trainings = {}, {}
     for way in VARIANTS:
         gradients, scratch = storage_bytes(weights), 0
+        mode = MODES.get(way)
+        planned = [(f.graphs[mode].plan, f.inputs) for f in analyser.found] if mode else []
         timeline: Sequence[Moment] = eager
         if way != "eager":
             graphs = [found.memory[way] for found in analyser.found]
             saved = sum(graph.saved for graph in graphs)
             timeline = step_timeline(graphs, outside)
         if way == SKETCHED:
-            planned = [(found.graphs["sketched"].plan, found.inputs) for found in analyser.found]
             sizes, scratch = sketched_sizes(weights, planned)
             gradients = sum(elements * itemsize for elements, itemsize in sizes)
         states = STATES[optimizer] * gradients
-        if way in (DENSE, SKETCHED):
-            gradient_mode = "dense" if way == DENSE else "sketched"
-            plans = [found.graphs[gradient_mode].plan for found in analyser.found]
-            states += sum(plan.account.projection_bytes for plan in plans)
+        states += sum(plan.account.projection_bytes for plan, _ in planned)
         step = Moment("optimizer", "step", gradients + scratch)
         base = lasting + states + given
         moments = tuple(replace(m, bytes=base + m.bytes) for m in (*timeline, step))
@@ -173,6 +194,15 @@ def explain(
             peak=peak,
             timeline=moments,
         )
+        trainings[way] = Training(
+            held=held_by(model, planned),
+            inputs=given,
+            buffers=storage_bytes(model.buffers()),
+            states=STATES[optimizer],
+            projections=tuple(p for plan, _ in planned for p in plan.projections),
+            interval=replace(config, gradients=mode or "dense").interval,
+            timeline=timeline,
+        )
     graphs_of = [found.graphs[config.gradients] for found in analyser.found]
     sites = (site for graphs in graphs_of for site in graphs.plan.sites)
     for text in config.unmatched({site.weight for site in sites}):
@@ -181,7 +211,7 @@ def explain(
         plans=tuple(graphs.plan for graphs in graphs_of if graphs.plan.sites),
         graph_breaks=_torch.graph_breaks(breaks),
     )
-    return Explanation(report=report, memory=memory, graphs=tuple(graphs_of))
+    return Explanation(report=report, memory=memory, graphs=tuple(graphs_of), _trainings=trainings)
 
 
 def _check_arguments(

@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -42,20 +42,20 @@ def step_timeline(graphs: Sequence[GraphMemory], between: Sequence[Moment] = ())
     between: what runs between the two: the loss, if it is not part of a graph.
     """
     moments: list[Moment] = []
-    base = 0
+    base = gradients = 0
     for graph in graphs:
         moments += _above(base, graph.forward)
         base += graph.held
     moments += _above(base, between)
     for graph in reversed(graphs):
         base -= graph.held
-        moments += _above(base, graph.backward)
-        base += graph.gradients
+        moments += _above(base + gradients, graph.backward, gradients)
+        gradients += graph.gradients
     return moments
 
 
-def _above(base: int, moments: Iterable[Moment]) -> list[Moment]:
-    return [Moment(moment.phase, moment.operator, base + moment.bytes) for moment in moments]
+def _above(base: int, moments: Iterable[Moment], gradients: int = 0) -> list[Moment]:
+    return [replace(m, bytes=base + m.bytes, gradients=gradients + m.gradients) for m in moments]
 
 
 class LiveMemory(_torch.DispatchMode):

@@ -54,8 +54,11 @@ def test_explain_as_json(capsys):
         "lm_head*",
     ]
     command = ["explain", "--hf-config", str(TINY), *SMALL, *options, "--dtype", "float32"]
-    assert main([*command, "--optimizer", "sgd"]) == 0
+    ranks = ["--world-size", "4", "--parallel", "fsdp"]
+    assert main([*command, "--optimizer", "sgd", *ranks]) == 0
     data = json.loads(capsys.readouterr().out)
+    assert data["ranks"]["each"]["torch.compile"]["moments"] == 0
+    assert data["ranks"]["each"]["compact, sketched"]["sent_weights"] > 0
     (graph,) = data["report"]["graphs"]
     sites = {site["weight"]: site for site in graph["sites"]}
     assert sites["model.layers.0.mlp.up_proj.weight"]["rank"] == 16
@@ -209,6 +212,8 @@ def test_files_that_are_no_configuration(capsys, tmp_path, content):
         (["--rank", "0"], "rank=0 must be a float in"),
         (["--rank", "2.0"], "rank=2.0 must be a float in"),
         (["--rank", "-1"], "rank=-1.0 must be"),
+        (["--world-size", "8"], "--world-size and --parallel go together"),
+        (["--world-size", "0", "--parallel", "ddp"], "world_size=0 must be an int ≥ 1"),
         (["--plot", "/dev/null/x.png"], "/dev/null"),
     ],
 )

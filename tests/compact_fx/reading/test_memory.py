@@ -142,7 +142,7 @@ def test_step_of_two_graphs():
     def memory(name: str, saved: int, gradients: int) -> GraphMemory:
         return GraphMemory(
             (Moment("forward", name, 10),),
-            (Moment("backward", name, 20), Moment("backward", "return", gradients)),
+            (Moment("backward", name, 20), Moment("backward", "return", gradients, gradients)),
             saved + 5,  # of which 5 bytes are an input's
             saved,
         )
@@ -159,6 +159,7 @@ def test_step_of_two_graphs():
         ("backward", "a", 4 + 20),
         ("backward", "return", 4 + 3),
     ]
+    assert [m.gradients for m in moments] == [0, 0, 0, 0, 4, 4, 4 + 3]
 
 
 def test_a_backward_ends_with_the_gradients():
@@ -172,6 +173,7 @@ def test_a_backward_ends_with_the_gradients():
         row = memory[way]
         last = [moment for moment in row.timeline if moment.phase == "backward"][-1]
         assert last.bytes == row.weights + row.optimizer + row.gradients + 4 * x.numel(), way
+        assert last.gradients == row.gradients, way
 
 
 def test_what_a_step_ends_with():
