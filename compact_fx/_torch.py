@@ -306,15 +306,22 @@ def with_part(like: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     """
     if not is_sharded(like):
         return part
-    shape = list(part.shape)
-    for placement in like.placements:
-        if isinstance(placement, Shard):
-            shape[placement.dim] = like.shape[placement.dim]
-    stride = torch.empty(shape, device="meta").stride()
-    meta = TensorMeta(torch.Size(shape), stride, part.dtype)
-    spec = DTensorSpec(like.device_mesh, like.placements, tensor_meta=meta)
+    key = (id(like.device_mesh), like.placements, like.shape, part.shape, part.dtype)
+    spec = _specs.get(key)
+    if spec is None:
+        shape = list(part.shape)
+        for placement in like.placements:
+            if isinstance(placement, Shard):
+                shape[placement.dim] = like.shape[placement.dim]
+        stride = torch.empty(shape, device="meta").stride()
+        meta = TensorMeta(torch.Size(shape), stride, part.dtype)
+        spec = _specs[key] = DTensorSpec(like.device_mesh, like.placements, tensor_meta=meta)
     # `from_local` would make a view of the part.
     return DTensor(part, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+
+
+# It takes longer to make one than to look it up; each keeps its mesh, whose id is its own then.
+_specs: "dict[tuple[Any, ...], DTensorSpec]" = {}
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -25,10 +25,11 @@ def test_pretrain_llama_compares_backends(tmp_path: Path):
 
 
 @pytest.mark.long
-def test_pretrain_llama_on_two_processes(tmp_path: Path):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_pretrain_llama_on_two_processes(tmp_path: Path, parallel: str):
     """Under torchrun; the first process prints and writes."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launch, str(EXAMPLES / "pretrain_llama.py"), "--parallel", "ddp", "--warm"]
+    command = [*launch, str(EXAMPLES / "pretrain_llama.py"), "--parallel", parallel, "--warm"]
     small = ["--steps", "3", "--batch", "2", "--seq", "32", "--backend", "compact"]
     done = subprocess.run(
         [*command, *small, "--out", str(tmp_path)], capture_output=True, text=True

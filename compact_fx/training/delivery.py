@@ -19,15 +19,12 @@ def is_own_hook(hook: object) -> bool:
 def refuse_hooks(weights: Iterable[Tensor]) -> None:
     """Raise, before anything runs, where a hook would be called without its gradient."""
     for weight in weights:
-        record = known_record(weight)
-        sharding = None if record is None else record.sharding
-        for tensor in (weight,) if sharding is None else (weight, sharding.parameter):
-            own = tensor._post_accumulate_grad_hooks
-            if tensor._backward_hooks or (own and not all(map(is_own_hook, own.values()))):
-                raise RuntimeError(
-                    f"a hook of the weight of shape {tuple(weight.shape)} would not see its "
-                    'sketched gradient: exclude the weight, or use gradients="dense"'
-                )
+        own = weight._post_accumulate_grad_hooks
+        if weight._backward_hooks or (own and not all(map(is_own_hook, own.values()))):
+            raise RuntimeError(
+                f"a hook of the weight of shape {tuple(weight.shape)} would not see its sketched "
+                'gradient: exclude the weight, or use gradients="dense"'
+            )
 
 
 def empty_leaf(weight: Tensor, shape: tuple[int, ...]) -> Tensor:

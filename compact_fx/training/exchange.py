@@ -2,6 +2,7 @@
 
 import functools
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from compact_fx import _torch
+from compact_fx.projections import Projection
 from compact_fx.training.gradients import SketchedGrad, accumulate
 
 BUCKET_BYTES = 25 * 2**20
@@ -52,6 +54,12 @@ def _text(forms: Mapping[_Slot, _Form]) -> str:
     )
 
 
+@functools.cache
+def _told(projection: Projection, seed: int, settings: str) -> str:
+    """All that decides what a factor is, as text."""
+    return f"{projection}, seed={seed}, {settings}"
+
+
 @dataclass(eq=False)
 class _Arrival:
     """A gradient that was taken from its weight to be averaged."""
@@ -84,6 +92,7 @@ class _Backward:
     Attributes:
         is_local: whether it exchanges nothing.
         arrived: what has, and is not under way yet.
+        counts: of what has arrived, by its bucket.
         launched: how many of the buckets are under way.
         absent: slot, its mean, and the share of ranks that had something for it, where this one
             had nothing.
@@ -93,6 +102,7 @@ class _Backward:
     arrived: dict[_Slot, tuple[_Arrival, Tensor]] = field(default_factory=dict)
     forms: dict[_Slot, _Form] = field(default_factory=dict)
     arrivals: list[_Arrival] = field(default_factory=list)
+    counts: Counter[int] = field(default_factory=Counter)
     launched: int = 0
     works: list[Any] = field(default_factory=list)
     absent: list[tuple[_Slot, Tensor, Tensor]] = field(default_factory=list)
@@ -125,6 +135,7 @@ class Exchange:
         self._steps = steps
         self._forms: dict[_Slot, _Form] = {}
         self._buckets: list[list[_Slot]] = []
+        self._bucket_of: dict[_Slot, int] = {}
         self._backwards: dict[int, _Backward] = {}  # by autograd's number of the pass
         self._is_local = False
         self._note: _Note | None = None
@@ -197,15 +208,17 @@ class Exchange:
             form = _Form(tuple(tensor.shape), tensor.dtype, "", divisor)
             if isinstance(arrival.gradient, SketchedGrad):
                 basis = arrival.gradient.basis
-                form = replace(form, settings=f"{basis.projection}, seed={basis.seed}, {settings}")
+                form = replace(form, settings=_told(basis.projection, basis.seed, settings))
             slot = _Slot(name, part, 0)
             # One that has arrived before, or of another form than was agreed on, is another slot.
             while slot in backward.forms or self._forms.get(slot, form) != form:
                 slot = replace(slot, nth=slot.nth + 1)
             backward.forms[slot] = form
             backward.arrived[slot] = (arrival, tensor)
-        while backward.launched < len(self._buckets) and all(
-            slot in backward.arrived for slot in self._buckets[backward.launched]
+            if slot in self._bucket_of:
+                backward.counts[self._bucket_of[slot]] += 1
+        while backward.launched < len(self._buckets) and backward.counts[backward.launched] == len(
+            self._buckets[backward.launched]
         ):
             self._launch(backward)
 
@@ -328,6 +341,7 @@ class Exchange:
                 self._buckets.append(bucket)
             bucket.append(slot)
             open_buckets[alike] = bucket, filled + size
+        self._bucket_of = {s: i for i, slots in enumerate(self._buckets) for s in slots}
 
     # --- what ranks have alike -------------------------------------------------------------------
 

@@ -78,6 +78,7 @@ class GraphInputs:
             before_forward(entry.records, is_shared=self._is_shared)
         if self._factors:
             refuse_hooks(arguments[role.index] for role in self._factors)
+            refuse_hooks(r.sharding.parameter for r in entry.factor_records if r.sharding)
         for record in entry.records:
             record.in_graph = True
         for record in entry.dense_records:
@@ -98,6 +99,9 @@ class GraphInputs:
         self, weights: Sequence[Tensor], arguments: Sequence[Any], old: "_Entry | None"
     ) -> "_Entry":
         records = self._records(weights)
+        if old is None and self._is_shared:
+            dims = {role.index: role.dim for role in self._factors}
+            exchange_shards(records, dims, self._texts())
         groups = self._groups(records) if old is None else old.groups
         now, device = changes(), weights[0].device
         followed = self._followed(groups, records, device)
@@ -151,11 +155,7 @@ class GraphInputs:
         return entry
 
     def _records(self, weights: Sequence[Tensor]) -> dict[int, WeightRecord]:
-        records = dict(zip(self._indices, map(record_of, weights), strict=True))
-        if self._is_shared:
-            dims = {role.index: role.dim for role in self._factors}
-            exchange_shards(records, dims, self._texts())
-        return records
+        return dict(zip(self._indices, map(record_of, weights), strict=True))
 
     def _texts(self) -> dict[int, str]:
         """By weight all that decides what its gradient is."""

@@ -69,9 +69,10 @@ class ShardedExchange(Exchange):
     def receive(self, weight: Tensor, gradient: SketchedGrad, name: str, settings: str) -> None:
         """A sketched gradient has arrived for a weight; `fully_shard` does not see it."""
         sharding = self._shardings[name]
-        assert gradient.factor is not None
-        factor = gradient.factor.to(sharding.reduce_dtype or gradient.dtype)
-        gradient = SketchedGrad(factor, gradient.basis)
+        dtype = sharding.reduce_dtype or gradient.dtype
+        if dtype is not gradient.dtype:
+            assert gradient.factor is not None
+            gradient = SketchedGrad(gradient.factor.to(dtype), gradient.basis)
         if name in self._kept:
             kept, _ = self._kept.pop(name)
             kept.add_(gradient)

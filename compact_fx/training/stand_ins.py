@@ -288,7 +288,8 @@ class CompactOptimizer(torch.optim.Optimizer):
                     stand_ins.append(self._stand_in(weight, factor, basis, group, states))
                     steps.append(_Step(weight, stand_ins[-1], basis, group))
             if stand_ins:
-                torch._foreach_zero_(stand_ins)  # a few launches, not one for each weight
+                # A few launches, not one for each weight.
+                torch._foreach_zero_([_torch.local_part(stand_in) for stand_in in stand_ins])
             dense = [weight for weight in group["params"] if weight not in factors]
             if self._settings.in_8_bits:
                 for number, weight in enumerate(dense):
@@ -336,9 +337,9 @@ class CompactOptimizer(torch.optim.Optimizer):
             factor = factor + (coupled if scale is None else coupled * scale)
         dtype = self._dtype_of_moments(factor.dtype)
         # Fused kernels take for granted that gradients and moments are laid out alike.
-        factor = _torch.with_part(weight, factor.to(dtype).contiguous())
-        stand_in = torch.empty_like(factor)
-        stand_in.grad = factor
+        factor = factor.to(dtype).contiguous()
+        stand_in = _torch.with_part(weight, torch.empty_like(factor))
+        stand_in.grad = _torch.with_part(weight, factor)
         state = states[weight]
         if weight in self._bases:  # may fail for want of memory
             moments.carry(state, self._bases[weight], basis, self._settings.refresh)
