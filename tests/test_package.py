@@ -63,7 +63,7 @@ ROOMS = {  # each may import itself and those in its set
     "projections": {"_torch"},
     "config": {"projections"},
     "plan": {"projections"},
-    "training": {"_torch", "errors", "plan", "projections"},
+    "training": {"_torch", "config", "errors", "plan", "projections"},
     "passes": {"_torch", "config", "errors", "plan", "projections"},
     "compiler": {"_torch", "config", "errors", "passes", "plan", "training"},
     "reading": {
