@@ -53,6 +53,7 @@ if torch.distributed.is_available():  # some builds are without
 Partitioner = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
 CompiledFunction = Callable[..., Any]
 Result = TypeVar("Result")
+Traced = TypeVar("Traced", bound=Callable[..., Any])
 
 # ---------------------------------------------------------------------------------------------
 # Dynamo's graph
@@ -194,6 +195,11 @@ def in_backward() -> bool:
 def graph_breaks(since: Mapping[str, int] | None = None) -> dict[str, int]:
     """Reason → how often Dynamo broke a graph for it in this process, or since then."""
     return dict(Counter(counters["graph_break"]) - Counter(since))
+
+
+def untraced(function: Traced) -> Traced:
+    """Within compiled functions Dynamo runs it as it is, and takes nothing in it for fixed."""
+    return torch.compiler.disable(function)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def recompile_limit_hits() -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from compact_fx import _torch
 from compact_fx.projections import Basis
 from compact_fx.training.gradients import SketchedGrad
 from compact_fx.training.weights import known_record
@@ -46,7 +47,7 @@ def leaf_of(weight: Tensor, shape: tuple[int, ...], basis: Basis) -> Tensor:
     return leaf
 
 
-@torch.compiler.disable  # a compiled function may call backward()
+@_torch.untraced  # a compiled function may call backward()
 def _deliver(leaf: Tensor, weight: Tensor | None, basis: Basis) -> None:
     factor, leaf.grad = leaf.grad, None
     if weight is None or factor is None or not weight.requires_grad:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from compact_fx import _torch
 from compact_fx.errors import warn_at_caller
 from compact_fx.projections import (
     Projection,
@@ -141,7 +142,7 @@ _MOST_ELEMENTS = 2**24  # of P's that change at once: some ten times as much is 
 _all: "list[weakref.ref[Followed]]" = []
 
 
-@torch.compiler.disable  # a compiled function may call backward()
+@_torch.untraced  # a compiled function may call backward()
 @torch.no_grad()
 def _receive(leaf: Tensor, followed: Followed | None, version: Version) -> None:
     gradient, leaf.grad = leaf.grad, None

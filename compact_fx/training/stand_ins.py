@@ -165,7 +165,7 @@ class CompactOptimizer(torch.optim.Optimizer):
 
     # --- one step --------------------------------------------------------------------------------
 
-    @torch.compiler.disable  # Dynamo takes what it reads in the first step for what stays
+    @_torch.untraced  # Dynamo takes what it reads in the first step for what stays
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimizer step; see the class.
 
@@ -185,7 +185,7 @@ class CompactOptimizer(torch.optim.Optimizer):
         self._step(self.param_groups)
         return loss
 
-    @torch.compiler.disable  # and what steps in backward comes here
+    @_torch.untraced  # and what steps in backward comes here
     @torch.no_grad()
     def _step(self, groups: Sequence[dict[str, Any]]) -> None:
         found_inf = getattr(self, "found_inf", None)
@@ -477,7 +477,7 @@ class CompactOptimizer(torch.optim.Optimizer):
                     use_gradients(optimizer, [weight])
             weight.grad = ConsumedGrad(weight)
 
-        @torch.compiler.disable
+        @_torch.untraced
         def step_dense(weight: Tensor) -> None:
             # Autograd also calls this where a graph gives the weight itself no gradient.
             is_dense = weight.grad is not None and sketched_part(weight.grad) is None
