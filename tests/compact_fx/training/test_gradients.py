@@ -593,3 +593,11 @@ def test_what_inference_mode_draws_serves_training_too():
         basis = DrawnBasis(projection=projection, seed=0, generation=5, dim=1)
         basis.matrix(torch.device("cpu"), torch.float32)
     assert not basis.source(torch.device("cpu")).is_inference()
+
+
+@pytest.mark.parametrize("kind", DRAWN)
+def test_a_part_without_rows_has_no_norm(kind):
+    """Of a sharded gradient, where there are fewer rows than processes."""
+    gradient = sketched(kind=kind, m=0)
+    assert gradient.norm() == 0
+    assert torch.nn.utils.get_total_norm([gradient, sketched(kind=kind)]) > 0
