@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from training import build, inputs_of, loss_of, measure_steps
 
-from compact_fx import CompactAdamW, compact_backend, exchange_factors
+from compact_fx import CompactAdamW, compact_backend, exchange_factors, shard_placement
 from compact_fx.reading.ranks import Collective, sent
 
 COLLECTIVES: dict[str, Collective] = {
@@ -100,11 +100,7 @@ def _ddp(model: nn.Module, sketched: bool) -> DistributedDataParallel:
 
 def fsdp(model: nn.Module, backend: Any, sketched: bool) -> Wrapped:
     """Each block compiled and sharded, and the rest sharded."""
-    placement: dict[str, Any] = {}
-    if sketched:
-        from compact_fx import shard_placement
-
-        placement = {"shard_placement_fn": shard_placement}
+    placement: dict[str, Any] = {"shard_placement_fn": shard_placement} if sketched else {}
     device = next(model.parameters()).device.type
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     for layer in model.layers:
