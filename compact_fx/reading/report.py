@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +20,8 @@ _NOTHING = (
     "model.compile(), keeps its own backend within torch.compile(model, backend=...)"
 )
 _TOP = 8  # of what else crosses
-_NARROW = 40  # characters of a reason or a source line
+_WIDTH = 100  # characters of a line
+_OPERATOR, _SOURCE = 24, 28  # characters of what names an operator or a line of the model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +47,12 @@ class CompactionReport:
         return self.table()
 
     def table(self, tablefmt: str = "simple", *, wide: bool = False) -> str:
-        """Readable text: a line of totals, the weights, and what else crosses the boundary.
+        """Readable text: a verdict, then for each graph its totals, weights, and what else crosses.
 
         Args:
             tablefmt: of tabulate, such as "simple" or "github".
-            wide: more columns, and nothing shortened.
+            wide: more columns, and nothing shortened; else lines have 100 characters, unless a name
+                has more than 42.
         """
         warnings = [
             f"{count} calls or steps ran without sketches: {reason}"
@@ -57,21 +60,17 @@ class CompactionReport:
         ]
         warnings += [STEPS_UNSEEN] if self.steps_unseen else []
         if not self.plans:
-            return "\n\n".join(warnings or [_NOTHING])
-        parts = warnings + [
-            part
-            for number, plan in enumerate(self.plans)
-            for part in (
-                f"graph {number}: {_totals(plan)}",
-                _weights(plan, self.energies, tablefmt, wide),
-                _crossing(plan, tablefmt, wide),
-            )
-        ]
+            return "\n\n".join(map(_wrapped, warnings or [_NOTHING]))
+        parts = [_verdict(self.plans), *warnings]
+        for number, plan in enumerate(self.plans):
+            parts.append(f"graph {number}: {_totals(plan)}")
+            parts += _weights(plan, self.energies, tablefmt, wide)
+            parts += _crossing(plan, tablefmt, wide)
         if self.graph_breaks:
             breaks = sorted(self.graph_breaks.items(), key=lambda entry: -entry[1])
             rows = [[count, reason.partition("\n")[0]] for reason, count in breaks]
             parts.append(tabulate(rows, ["graph breaks", "reason"], tablefmt=tablefmt))
-        return "\n\n".join(parts)
+        return "\n\n".join(part if "\n" in part else _wrapped(part) for part in parts)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with stable names: bytes, and FLOPs of weight gradients, as integers."""
@@ -140,15 +139,40 @@ def _sums(plan: Plan) -> dict[str, int]:
     }
 
 
+def _verdict(plans: Sequence[Plan]) -> str:
+    """One sentence on what all graphs save, and one on what may be done better."""
+    total = {name: sum(_sums(plan)[name] for plan in plans) for name in _sums(plans[0])}
+    parts = [
+        f"kept for the backward pass {_change(total['bytes_before'], total['bytes_after'])}",
+        f"FLOPs of weight gradients {_change(total['flops_before'], total['flops_after'])}",
+    ]
+    factors = [(plan.projections[f.projection], f) for plan in plans for f in plan.factor_inputs]
+    after = sum(math.prod(factor.shape) for _, factor in factors)
+    before = sum(math.prod(f.shape) // p.rank * p.features for p, f in factors)
+    if factors:
+        parts.append(f"gradients and moments of {len(factors)} weights {_change(before, after)}")
+    elif total["sketched"]:
+        parts.append("gradients are dense, so that they and moments take what they did")
+    text = f"{total['sketched']} of {total['weights']} weight gradients sketched: "
+    text += ", ".join(parts)
+    costs = [cost for plan in plans for cost in plan.account.sites]
+    dearer = sum(cost.flops_after > cost.flops_before for cost in costs)
+    if dearer:
+        text += f". {dearer} take more FLOPs than before: `exclude` them where time counts"
+    return text + "."
+
+
+def _change(before: int, after: int) -> str:
+    return f"{round(100 * (after / before - 1)) if before else 0:+d}%"
+
+
 def _totals(plan: Plan) -> str:
     sums = _sums(plan)
     held = sums["projection_bytes"]
-    dearer = sum(cost.flops_after > cost.flops_before for cost in plan.account.sites)
     return (
         f"{sums['sketched']} of {sums['weights']} weight gradients sketched; kept for backward "
         f"{arrow(sums['bytes_before'], sums['bytes_after'], 1e6)} MB; weight gradients "
         f"{arrow(sums['flops_before'], sums['flops_after'], 1e9)} GFLOP"
-        + (f" ({dearer} take more than before)" if dearer else "")
         + (
             f"; tracked projections hold {digits(held / 1e6)} MB, to change them takes "
             f"{digits(sums['change_flops'] / 1e9)} GFLOP"
@@ -160,13 +184,14 @@ def _totals(plan: Plan) -> str:
 
 def _weights(
     plan: Plan, energies: Mapping[str, Sequence[tuple[int, float]]], tablefmt: str, wide: bool
-) -> str:
-    headers = ["weight", "count", "in → rank", "placement", "kept MB", "weight-grad GFLOP"]
+) -> list[str]:
+    """The table of weights; below it, where it is not wide, why some are not as the others."""
+    headers = ["weight", *(["count"] if wide else ()), "in → rank", "place", "kept MB", "GFLOP"]
     last = {name: run[-1][1] for name, run in energies.items() if run}
     leaders = {site.projection: site.weight for site in reversed(plan.sketched)}
     held = {s.weight: last[w] for s in plan.sketched if (w := leaders[s.projection]) in last}
     headers += ["energy"] if held else []
-    headers += [*(("out", "gradient") if wide else ()), "left alone because"]
+    headers += ["out", "gradient", "left alone because"] if wide else []
     groups: dict[tuple[Any, ...], list[tuple[Site, SiteCost]]] = {}
     sketched = {role.index for role in plan.factor_inputs}
     for site, cost in zip(plan.sites, plan.account.sites, strict=True):
@@ -182,14 +207,17 @@ def _weights(
             site.index in sketched,
         )
         groups.setdefault(alike, []).append((site, cost))
-    rows = []
+    rows, reasons = [], []
     for sites in groups.values():
         for pattern, names in merge_names([site.weight for site, _ in sites]):
             members = [(site, cost) for site, cost in sites if site.weight in names]
             own = [held[site.weight] for site, _ in members if site.weight in held]
             energy = [f"{sum(own) / len(own):.2f}" if own else ""] if held else []
             rows.append(_row(pattern, members, members[0][0].index in sketched, energy, wide))
-    return tabulate(rows, headers=headers, tablefmt=tablefmt, disable_numparse=True)
+            if members[0][0].reason and not wide:
+                reasons.append(_wrapped(f"{rows[-1][0]}: {members[0][0].reason}"))
+    table = tabulate(rows, headers=headers, tablefmt=tablefmt, disable_numparse=True)
+    return [table, "\n".join(reasons)] if reasons else [table]
 
 
 def _row(
@@ -205,18 +233,17 @@ def _row(
     gradient = "" if first.placement is None else "sketched" if sketched else "dense"
     return [
         pattern + (f" (use {first.use + 1})" if first.use else ""),
-        str(len(sites)),
+        *((str(len(sites)),) if wide else ()),
         f"{side}{first.features}{rank}" if first.in_features else "",
         first.placement or "",
         arrow(sum(c.bytes_before for c in costs), sum(c.bytes_after for c in costs), 1e6),
         arrow(sum(c.flops_before for c in costs), sum(c.flops_after for c in costs), 1e9),
         *energy,
-        *((str(first.out_features or ""), gradient) if wide else ()),
-        first.reason if wide else _shortened(first.reason),
+        *((str(first.out_features or ""), gradient, first.reason) if wide else ()),
     ]
 
 
-def _crossing(plan: Plan, tablefmt: str, wide: bool) -> str:
+def _crossing(plan: Plan, tablefmt: str, wide: bool) -> list[str]:
     """What crosses, per kind, then the largest tensors of the compacted graph and why."""
     kinds = [
         [
@@ -240,14 +267,15 @@ def _crossing(plan: Plan, tablefmt: str, wide: bool) -> str:
             digits(sum(saved.bytes for saved in group) / 1e6),
             str(len(group)),
             f"{group[0].dtype} {group[0].shape}",
-            group[0].op,
-            ", ".join(group[0].readers if wide else group[0].readers[:2]),
-            group[0].source if wide else _shortened(group[0].source),
+            group[0].op if wide else _shortened(group[0].op, _OPERATOR),
+            *((", ".join(group[0].readers),) if wide else ()),
+            group[0].source if wide else _shortened(group[0].source, _SOURCE),
         ]
         for group in (largest if wide else largest[:_TOP])
     ]
-    headers = ["largest, MB", "count", "tensor", "made by", "read by", "source"]
-    return table + "\n\n" + tabulate(rows, headers, tablefmt, disable_numparse=True)
+    headers = ["largest, MB", "count", "tensor", "made by"]
+    headers += ["read by", "source"] if wide else ["source"]
+    return [table, tabulate(rows, headers, tablefmt, disable_numparse=True)]
 
 
 def arrow(before: int, after: int, unit: float) -> str:
@@ -262,8 +290,13 @@ def digits(value: float) -> str:
     return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= _NARROW else text[: _NARROW - 1] + "…"
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _wrapped(text: str) -> str:
+    """In lines; all but the first are indented."""
+    return textwrap.fill(text, _WIDTH, subsequent_indent="    ", break_on_hyphens=False)
 
 
 # --- names ---------------------------------------------------------------------------------------

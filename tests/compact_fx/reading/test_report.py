@@ -99,6 +99,9 @@ def test_wide_and_narrow(make_llama, tokens):
     assert str(report) == narrow
     assert "…" in narrow
     assert "…" not in wide
+    assert max(map(len, narrow.splitlines())) <= 100
+    reason = "its gradient is no matmul: aten."  # whole, if in two lines
+    assert reason in " ".join(narrow.split())
     assert len(wide.splitlines()) > len(narrow.splitlines())  # all tensors, not the largest eight
     assert "what crosses" in narrow
     assert "modeling_llama.py" in narrow
@@ -156,6 +159,26 @@ def test_data_has_stable_names(make_llama, tokens):
     as_lists = json.loads(json.dumps(data))
     assert json.loads(report.to_json()) == as_lists
     assert data["version"] == 1
+
+
+def test_it_begins_with_a_verdict(make_llama, tokens):
+    """What is saved of what, and what to do about weights that take more."""
+    factors = {"gradients": "sketched", "projection": "gaussian", "inner": "aot_eager"}
+    dense = compact_backend(rank=0.5, **COUNTSKETCH, inner="aot_eager")
+    sketched = compact_backend(rank=0.5, **factors)
+    for backend in (dense, sketched):
+        torch._dynamo.reset()
+        torch.compile(make_llama(), backend=backend)(input_ids=tokens, labels=tokens)
+    first = " ".join(str(dense.report()).partition("\n\n")[0].split())
+    assert "gradients are dense, so that they and moments take what they did" in first
+    totals = sketched.report().to_dict()["totals"]
+    share = round(100 - 100 * totals["bytes_after"] / totals["bytes_before"])
+    first = " ".join(str(sketched.report()).partition("\n\n")[0].split())
+    assert f"kept for the backward pass -{share}%" in first
+    assert "gradients and moments of 14 weights -50%" in first
+    dearer = [c for c in sketched.plans[0].account.sites if c.flops_after > c.flops_before]
+    assert dearer
+    assert f"{len(dearer)} take more FLOPs than before: `exclude` them" in first
 
 
 def test_totals_are_of_all_graphs():
