@@ -19,8 +19,9 @@ class CompactCallback(TrainerCallback):  # type: ignore[misc]
         trainer = Trainer(model, args, ..., callbacks=[CompactCallback(backend)])
 
     Leave `torch_compile` off. State-dict keys stay as they are. With `gradients="sketched"` give
-    the Trainer a `CompactAdamW` as well: `Trainer(..., optimizers=(optimizer, None))`. Of several
-    processes it calls `exchange_factors` where that is needed.
+    the Trainer a `CompactAdamW` as well: `Trainer(..., optimizers=(optimizer, None))`, with FSDP2
+    `Trainer(..., optimizer_cls_and_kwargs=(CompactAdamW, {"lr": 1e-3}))`. Of several processes it
+    calls `exchange_factors` where that is needed.
     """
 
     def __init__(self, backend: CompactBackend) -> None:
@@ -31,7 +32,8 @@ class CompactCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """With several processes: say what they exchange before the Trainer wraps the model."""
         config = self.backend.config
-        if model is not None and (config.gradients == "sketched" or config.kind == "tracked"):
+        needs_exchange = config.gradients == "sketched" or config.kind == "tracked"
+        if model is not None and needs_exchange and not args.fsdp:
             exchange_factors(model)
 
     def on_train_begin(

@@ -1,6 +1,9 @@
 """A run under a framework that wraps the model itself; `test_frameworks.py` starts it and judges.
 
 python frameworks.py FRAMEWORK ACCUMULATION FOLDER, alone or as one process of torchrun
+
+FRAMEWORK is a name and, after commas, `fsdp` (the framework calls `fully_shard`), `placed` (this
+script does, with `shard_placement`) and `full` (full rank).
 """
 
 import os
@@ -9,14 +12,25 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from compact_fx import CompactAdamW, CompactBackend, compact_backend, exchange_factors
+from compact_fx import (
+    CompactAdamW,
+    CompactBackend,
+    compact_backend,
+    exchange_factors,
+    shard_placement,
+)
 from compact_fx.training.weights import known_record
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 STEPS, BATCH = 6, 2
+FRAMEWORK, *HOW = sys.argv[1].split(", ")
+BY_BLOCKS = "fsdp" in HOW or "placed" in HOW
+IS_SHARDED = BY_BLOCKS and RANKS > 1
 SKETCHED = "model.layers.0.mlp.down_proj.weight"
 TEXTS = [(torch.arange(16) * (1 + index % 3) + 11 * index) % 64 for index in range(64)]
 
@@ -25,12 +39,16 @@ Result = tuple[list[float], nn.Module]
 
 
 def make() -> tuple[LlamaForCausalLM, CompactBackend]:
-    """Ranks begin apart: the first one's values have to come to all."""
+    """Ranks begin apart, but with FSDP2, which leaves values alone: the first one's come to all.
+
+    accelerate shards the first dimension of all weights. So the model has no wide ones there, whose
+    sketch would be another in one process.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=1,
+        intermediate_size=64 if "fsdp" in HOW else 96,
+        num_hidden_layers=2 if BY_BLOCKS else 1,
         num_attention_heads=4,
         vocab_size=64,
         use_cache=False,
@@ -38,9 +56,23 @@ def make() -> tuple[LlamaForCausalLM, CompactBackend]:
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         for weight in model.parameters():
-            weight.add_(RANK)
+            weight.add_(0 if BY_BLOCKS else RANK)
+    sketch = {"rank": 1.0, "projection": "orthogonal"} if "full" in HOW else {"rank": 0.25}
     settings = {"inner": "aot_eager", "strict": True, "update_interval": 2}
-    return model, compact_backend(rank=0.25, **settings)
+    return model, compact_backend(**sketch, **settings)
+
+
+def compile_blocks(model: LlamaForCausalLM, backend: CompactBackend) -> None:
+    for block in model.model.layers:
+        block.compile(backend=backend)
+
+
+def say_there_are_gpus() -> None:
+    """With CPUs accelerate takes DDP in place of FSDP2, which itself runs on them."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    PartialState(cpu=True)._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def of_trainer(accumulation: int, folder: Path) -> Result:
@@ -59,26 +91,49 @@ def of_trainer(accumulation: int, folder: Path) -> Result:
         report_to=[],
         disable_tqdm=True,
         use_cpu=True,
+        fsdp=IS_SHARDED,
         lr_scheduler_type="constant",
     )
+    own = {
+        "callbacks": [CompactCallback(backend)],
+        "optimizers": (CompactAdamW(model.parameters(), lr=1e-2), None),
+    }
+    if BY_BLOCKS:  # the Trainer takes no optimizer that is made before weights are sharded
+        del own["optimizers"]
+        own["optimizer_cls_and_kwargs"] = (CompactAdamW, {"lr": 1e-2})
+    if IS_SHARDED:
+        say_there_are_gpus()
+    elif BY_BLOCKS:  # what FSDP2's hooks leave of the graph
+        compile_blocks(model, backend)
+        del own["callbacks"]
     trainer = Trainer(
         model,
         args,
         train_dataset=[{"input_ids": text, "labels": text} for text in TEXTS],
-        optimizers=(CompactAdamW(model.parameters(), lr=1e-2), None),
-        callbacks=[CompactCallback(backend)],
+        **own,
     )
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], model
 
 
 def of_accelerate(accumulation: int, folder: Path) -> Result:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
 
     model, backend = make()
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
-    exchange_factors(model)
-    model.compile(backend=backend)
+    own = {}
+    if IS_SHARDED:
+        say_there_are_gpus()
+        wrap = "no_wrap" if "placed" in HOW else "transformer_based_wrap"
+        own["fsdp_plugin"] = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy=wrap)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation, **own)
+    if BY_BLOCKS:
+        compile_blocks(model, backend)
+    else:
+        exchange_factors(model)
+        model.compile(backend=backend)
+    if IS_SHARDED and "placed" in HOW:
+        for module in (*model.model.layers, model):
+            fully_shard(module, shard_placement_fn=shard_placement)
     step, optimizer, batches = accelerator.prepare(
         model, CompactAdamW(model.parameters(), lr=1e-2), DataLoader(TEXTS, BATCH)
     )
@@ -140,12 +195,18 @@ def of_lightning(accumulation: int, folder: Path) -> Result:
 
 def main() -> None:
     torch.set_num_threads(1)
-    framework, accumulation, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    accumulation, folder = int(sys.argv[2]), Path(sys.argv[3])
     runs = {"trainer": of_trainer, "accelerate": of_accelerate, "lightning": of_lightning}
-    losses, model = runs[framework](accumulation, folder)
+    losses, model = runs[FRAMEWORK](accumulation, folder)
     of_steps = torch.tensor(losses).view(STEPS, -1).mean(1)
-    generation = known_record(model.get_parameter(SKETCHED)).basis.version.generation
-    torch.save((of_steps, model.state_dict(), generation), folder / f"{RANKS}-{RANK}.pt")
+    assert any(isinstance(weight, DTensor) for weight in model.parameters()) == IS_SHARDED
+    state = {
+        name: value.full_tensor() if isinstance(value, DTensor) else value
+        for name, value in model.state_dict().items()
+    }
+    basis = known_record(model.get_parameter(SKETCHED)).basis
+    matrix = basis.matrix(torch.device("cpu"), torch.float32)
+    torch.save((of_steps, state, basis.generation, matrix), folder / f"{RANKS}-{RANK}.pt")
 
 
 if __name__ == "__main__":
