@@ -217,8 +217,8 @@ class CompactOptimizer(torch.optim.Optimizer):
             what = "the backend makes gradients dense: give it gradients='sketched'"
         elif not any_sketched():
             what = (
-                "no graph was compiled for sketched gradients: compile the model with "
-                "backend=compact_backend(...)"
+                "no weight is sketched: compile the model with backend=compact_backend(...), whose "
+                "report says why where that was done"
             )
         else:
             return

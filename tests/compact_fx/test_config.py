@@ -245,3 +245,9 @@ def test_patterns_without_a_weight_are_those_a_person_wrote():
     texts = config.unmatched({"a.weight"})
     assert [text.split("'")[1] for text in texts] == ["b.*", "*.head"]
     assert all("the nearest: a.weight" in text for text in texts)
+
+
+def test_names_that_hold_the_pattern_are_the_nearest():
+    names = {f"layers.{i}.{part}_proj.weight" for i in range(2) for part in ("o", "up", "gate")}
+    (text,) = CompactConfig(exclude=("o_proj",)).unmatched(names)
+    assert text.endswith("the nearest: layers.0.o_proj.weight, layers.1.o_proj.weight")
