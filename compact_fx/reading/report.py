@@ -86,13 +86,9 @@ class CompactionReport:
             }
             for plan in self.plans
         ]
-        totals: dict[str, int] = dict.fromkeys(_sums(Plan(sites=())), 0)
-        for graph in graphs:
-            for name, value in graph["totals"].items():
-                totals[name] += value
         return {
             "version": 1,
-            "totals": totals,
+            "totals": _total(self.plans),
             "graphs": graphs,
             "graph_breaks": dict(self.graph_breaks),
             "unsketched": dict(self.unsketched),
@@ -139,9 +135,15 @@ def _sums(plan: Plan) -> dict[str, int]:
     }
 
 
+def _total(plans: Sequence[Plan]) -> dict[str, int]:
+    """`_sums` of all graphs."""
+    sums = [_sums(plan) for plan in plans]
+    return {name: sum(one[name] for one in sums) for name in _sums(Plan(sites=()))}
+
+
 def _verdict(plans: Sequence[Plan]) -> str:
     """One sentence on what all graphs save, and one on what may be done better."""
-    total = {name: sum(_sums(plan)[name] for plan in plans) for name in _sums(plans[0])}
+    total = _total(plans)
     parts = [
         f"kept for the backward pass {_change(total['bytes_before'], total['bytes_after'])}",
         f"FLOPs of weight gradients {_change(total['flops_before'], total['flops_after'])}",

@@ -351,6 +351,14 @@ class Exchange:
         dist.all_gather_object(values, value, group=self._group)
         return values
 
+    def difference(self, mine: Mapping[str, Any]) -> tuple[str, int, Any] | None:
+        """A name that another rank has something else for, that rank, and what it has."""
+        for rank, others in zip(self.ranks, self.gather(dict(mine)), strict=True):
+            if others != mine:
+                name = next(n for n in {**mine, **others} if mine.get(n) != others.get(n))
+                return name, rank, others.get(name)
+        return None
+
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Each becomes its mean over ranks; one message for all, which are of one dtype."""
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).div_(len(self.ranks))
@@ -370,13 +378,12 @@ class Exchange:
         mine = {
             n: (tuple(w.shape), w.dtype) for n, r in self._weights.items() if (w := r()) is not None
         }
-        for rank, others in zip(self.ranks, self.gather(mine), strict=True):
-            if others != mine:
-                name = next(n for n in {**mine, **others} if mine.get(n) != others.get(n))
-                raise ValueError(
-                    f"ranks have different models: {name} is {others.get(name)} on rank {rank}, "
-                    f"{mine.get(name)} on rank {dist.get_rank()}"
-                )
+        if (found := self.difference(mine)) is not None:
+            name, rank, theirs = found
+            raise ValueError(
+                f"ranks have different models: {name} is {theirs} on rank {rank}, "
+                f"{mine.get(name)} on rank {dist.get_rank()}"
+            )
 
     @torch.no_grad()
     def send_weights(self) -> None:

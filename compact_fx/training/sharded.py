@@ -57,13 +57,12 @@ class ShardedExchange(Exchange):
 
     def check_settings(self, mine: Mapping[str, str]) -> None:
         """Raise where ranks have others: `fully_shard` would send what does not fit together."""
-        for rank, others in zip(self.ranks, self.gather(dict(mine)), strict=True):
-            if others != mine:
-                name = next(n for n in {**mine, **others} if mine.get(n) != others.get(n))
-                raise ValueError(
-                    f"ranks have different settings. The gradient of {name} is on rank {rank}: "
-                    f"{others.get(name)}; on rank {dist.get_rank()}: {mine.get(name)}"
-                )
+        if (found := self.difference(mine)) is not None:
+            name, rank, theirs = found
+            raise ValueError(
+                f"ranks have different settings. The gradient of {name} is on rank {rank}: "
+                f"{theirs}; on rank {dist.get_rank()}: {mine.get(name)}"
+            )
 
     @torch.no_grad()
     def receive(self, weight: Tensor, gradient: SketchedGrad, name: str, settings: str) -> None:

@@ -103,6 +103,18 @@ def sharded(
     return model, model if how == "blocks" else torch.compile(model, backend=backend)
 
 
+def go_on(model: nn.Module, step: Any, optimizer: Any, numbers: range, parts: Any) -> list[float]:
+    """Losses of these steps."""
+    losses = []
+    for number in numbers:
+        optimizer.zero_grad()
+        loss = sum(loss_of(step, number, part) for part in parts) / len(parts)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 def train(
     model: nn.Module,
     step: Callable[..., Tensor],
@@ -111,14 +123,7 @@ def train(
 ) -> Any:
     """Losses of each step."""
     optimizer = CompactAdamW(model.parameters(), lr=1e-2)
-    losses = []
-    for number in range(steps):
-        optimizer.zero_grad()
-        loss = sum(loss_of(step, number, part) for part in parts) / len(parts)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+    return go_on(model, step, optimizer, range(steps), parts)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -331,18 +336,6 @@ def an_eager_pass() -> Any:
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
-
-
-def go_on(model: nn.Module, step: Any, optimizer: Any, numbers: range, parts: Any) -> list[float]:
-    """Losses of these steps."""
-    losses = []
-    for number in numbers:
-        optimizer.zero_grad()
-        loss = sum(loss_of(step, number, part) for part in parts) / len(parts)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
 
 
 def to_save(model: nn.Module, optimizer: Any) -> dict[str, Any]:
