@@ -72,11 +72,34 @@ def orthonormal(matrices: Tensor) -> Tensor:
     for _ in range(2):
         lower, _ = torch.linalg.cholesky_ex(result.mT @ result)
         # The inverse of a small matrix and a product take less than a solution of many columns.
-        result = result @ torch.linalg.solve_triangular(lower, identity, upper=False).mT
+        result = result @ inverse_of_lower(lower).mT
     error = (result.mT @ result - identity).abs().amax((1, 2))
     failed = ~(error < 1e-10)
     if failed.any():
         result[failed] = torch.linalg.qr(matrices[failed])[0]
+    return result
+
+
+def inverse_of_lower(lower: Tensor) -> Tensor:
+    """L⁻¹ (batch, n, n) of lower triangles, by halves.
+
+    ::
+
+        L = [A 0]     L⁻¹ = [    A⁻¹     0 ]
+            [B C]           [-C⁻¹ B A⁻¹ C⁻¹]
+
+    Nearly all of it are products then: a GPU solves a triangle a few columns at a time.
+    """
+    size = lower.shape[2]
+    if size <= 128 or size % 2:
+        identity = torch.eye(size, dtype=lower.dtype, device=lower.device).expand_as(lower)
+        return torch.linalg.solve_triangular(lower, identity, upper=False)
+    half = size // 2
+    result = torch.zeros_like(lower)
+    halves = inverse_of_lower(torch.cat([lower[:, :half, :half], lower[:, half:, half:]]))
+    above, below = halves.chunk(2)
+    result[:, :half, :half], result[:, half:, half:] = above, below
+    result[:, half:, :half] = -below @ lower[:, half:, :half] @ above
     return result
 
 

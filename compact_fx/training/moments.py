@@ -90,7 +90,9 @@ def carry(state: dict[str, Any], old: Basis, new: Basis, refresh: Refresh) -> No
         moment = _torch.local_part(moment)
         if is_tracked and name in (*_LINEAR, *_SQUARED):
             turn = old.turn_to(new, moment) if turn is None else turn
-            moment.copy_(old.turned(moment, turn if name in _LINEAR else turn.square()))
+            # In the moment's own dtype: of 16 bits are as many right as it can hold.
+            by = (turn if name in _LINEAR else turn.square()).to(moment.dtype)
+            moment.copy_(old.turned(moment, by))
         elif is_tracked:
             _warn_of_unknown(name)
         elif name in _LINEAR:

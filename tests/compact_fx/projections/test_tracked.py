@@ -16,7 +16,8 @@ from compact_fx.projections import (
     follow,
     unit_of,
 )
-from compact_fx.projections.tracked import energy, orthonormal
+from compact_fx.projections.tracked import energy, inverse_of_lower, orthonormal
+from compact_fx.training.moments import carry
 
 CPU = torch.device("cpu")
 
@@ -125,6 +126,16 @@ def test_parallel_columns_fall_back_to_reflections():
     assert off_orthonormal(result) < 1e-10
 
 
+@pytest.mark.parametrize("size", [1, 128, 256, 300, 129, 768])
+def test_triangles_are_inverted_by_halves(size):
+    wide = normal(3, size, size + 8).double()
+    lower = torch.linalg.cholesky(wide @ wide.mT / size)
+    inverse = inverse_of_lower(lower)
+    identity = torch.eye(size, dtype=torch.float64).expand(3, -1, -1)
+    torch.testing.assert_close(inverse @ lower, identity, rtol=0, atol=1e-10)
+    assert torch.equal(inverse, inverse.tril())
+
+
 def test_factors_and_directions_are_scaled_and_cleaned():
     factor = normal(6, 4) * 1e4
     torch.testing.assert_close(unit_of(factor), factor / factor.norm())
@@ -176,6 +187,24 @@ def test_moments_are_rotated_from_one_version_to_another(dim):
     turn = old.turn_to(new, moment)
     torch.testing.assert_close(turn, change)
     torch.testing.assert_close(old.turned(moment.square(), turn.square()), squares)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_moments_of_16_bits_are_rotated_as_exactly_as_they_are_kept(dtype, dim):
+    old, new = (basis_of(begin(key, 512, 256, torch.float32, None), dim) for key in (1, 2))
+    shape = (300, 256) if dim else (256, 300)
+    state = {"exp_avg": normal(*shape).to(dtype), "exp_avg_sq": normal(*shape).square().to(dtype)}
+    turn = old.turn_to(new, state["exp_avg"])
+    exact = [
+        old.turned(state["exp_avg"].double(), turn.double()),
+        old.turned(state["exp_avg_sq"].double(), turn.double().square()),
+    ]
+    carry(state, old, new, "project")
+    for moment, right in zip(state.values(), exact, strict=True):
+        assert moment.dtype == dtype
+        error = (moment.double() - right).norm() / right.norm()
+        assert error < torch.finfo(dtype).eps  # that of rounding alone is near a third of it
 
 
 def test_the_same_version_is_the_same_projection():
