@@ -64,9 +64,9 @@ SHAPES: dict[str, Shape] = {
         "seq": 512,
     },
 }
-# Of all methods; compact is measured with the second as well.
-RANKS: dict[str, tuple[Rank, Rank]] = {
-    "1b": (0.25, 0.125),
+# The first is that of all methods; compact is measured with the others as well.
+RANKS: dict[str, tuple[Rank, ...]] = {
+    "1b": (0.25, 0.5, 0.125),
     "8b": (0.25, 0.125),
     "350m": (0.125, 0.25),
     "roberta": (8, 0.25),
@@ -115,8 +115,8 @@ def columns(rank: Rank, features: int) -> int:
 
 def competitors(name: str) -> dict[str, Competitor]:
     """Everybody, by a name for people, for one of SHAPES."""
-    rank, other = RANKS[name]
-    at, at_other = rank_label(rank), rank_label(other)
+    rank, *others = RANKS[name]
+    at = rank_label(rank)
     ours = partial(compact, rank=rank)
     low_bit: dict[str, Any] = {"saved": "int8"}
     return {
@@ -133,10 +133,15 @@ def competitors(name: str) -> dict[str, Competitor]:
         f"compact {at}, int8, 8-bit moments, checkpointing": partial(
             ours, checkpointing=True, state_dtype="fp8", **low_bit
         ),
-        f"compact {at_other}": partial(compact, rank=other),
-        f"compact {at_other}, int8, 8-bit moments": partial(
-            compact, rank=other, state_dtype="fp8", **low_bit
-        ),
+        **{
+            f"compact {rank_label(other)}{label}": partial(compact, rank=other, **settings)
+            for other in others
+            for label, settings in {
+                "": {},
+                ", int8, 8-bit moments": {"state_dtype": "fp8", **low_bit},
+                ", 8-bit moments, checkpointing": {"state_dtype": "fp8", "checkpointing": True},
+            }.items()
+        },
         **{
             f"torch.compile, memory budget {share}": partial(budgeted, share=share)
             for share in (0.8, 0.6, 0.4, 0.2)
