@@ -3,8 +3,10 @@
 import argparse
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import math
+import os
 import platform
 import re
 import shutil
@@ -23,7 +25,7 @@ from tabulate import tabulate
 from compact_fx.config import CompactConfig, Storage
 from compact_fx.errors import CannotCompact
 from compact_fx.projections import KINDS
-from compact_fx.reading.explanation import STATES, Explanation, explain
+from compact_fx.reading.explanation import STATES, Explanation, explain, unit_of
 from compact_fx.reading.fit import GPU, RANKS, fit
 from compact_fx.reading.graphs import dot_of
 from compact_fx.reading.ranks import Parallel
@@ -39,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor at Python's end
     except (_BadInput, CannotCompact, ValueError, ImportError, OSError, SubprocessError) as error:
         print(f"compact_fx: {shorten(str(error), 300)}", file=sys.stderr)
         return 2
@@ -49,12 +54,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m compact_fx", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
     model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("--hf-config", type=Path, required=True, metavar="FILE.json")
+    file_or_name = "a file, or the name of a model in the local cache of the Hugging Face hub"
+    model.add_argument("--hf-config", required=True, metavar="FILE.json|NAME", help=file_or_name)
     model.add_argument(
         "--seq", type=int, help="tokens in a sequence (2048, or the most that the model takes)"
     )
     dtypes = ["bfloat16", "float16", "float32"]
-    model.add_argument("--dtype", default="bfloat16", choices=dtypes, help="of weights (bfloat16)")
+    of_weights = "of weights (bfloat16; float32 with --autocast)"
+    model.add_argument("--dtype", choices=dtypes, help=of_weights)
     model.add_argument("--layers", type=int, help="in place of num_hidden_layers")
     kinds = "(tracked for sketched gradients, countsketch for dense ones)"
     model.add_argument("--projection", choices=KINDS, help=kinds)
@@ -63,9 +70,11 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--no-recompute", action="store_true", help="recompute=False")
 
     setting = argparse.ArgumentParser(add_help=False)
-    setting.add_argument("--batch", type=int, default=8, help="sequences in a batch (8)")
-    rank_help = "a fraction of in_features (0.25), or a number of columns"
-    setting.add_argument("--rank", type=_rank, default=CompactConfig.rank, help=rank_help)
+    rank_help = f"a fraction of in_features ({CompactConfig.rank}), or a number of columns"
+    autocast = "under torch.autocast in bfloat16, with weights in float32"
+    setting.add_argument("--autocast", action="store_true", help=autocast)
+    checkpoint = "recompute each layer, as model.gradient_checkpointing_enable() does"
+    setting.add_argument("--checkpoint", action="store_true", help=checkpoint)
     modes = ["dense", "sketched"]
     default = CompactConfig.gradients
     of_report = f"of the report ({default})"
@@ -76,6 +85,13 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "explain", parents=[model, setting], help="what a training step would take; nothing is run"
+    )
+    several = "; with several, one row for each"
+    batch_help = f"sequences in a batch (8){several}"
+    command.add_argument("--batch", type=int, nargs="+", default=[8], help=batch_help)
+    default_rank = [CompactConfig.rank]
+    command.add_argument(
+        "--rank", type=_rank, nargs="+", default=default_rank, help=rank_help + several
     )
     command.add_argument("--optimizer", default="adamw", choices=STATES, help="(adamw)")
     ranks = "also what one of so many processes holds and sends; with --parallel"
@@ -93,6 +109,8 @@ def _parser() -> argparse.ArgumentParser:
         parents=[model, setting],
         help="write the graphs before and after, as text and as SVG",
     )
+    command.add_argument("--batch", type=int, default=8, help="sequences in a batch (8)")
+    command.add_argument("--rank", type=_rank, default=CompactConfig.rank, help=rank_help)
     command.add_argument(
         "--out", type=Path, default=Path("graphs"), metavar="FOLDER", help="(graphs)"
     )
@@ -146,7 +164,11 @@ def _size(text: str) -> int:
 def _explain(args: argparse.Namespace) -> None:
     if (args.world_size is None) != (args.parallel is None):
         raise _BadInput("--world-size and --parallel go together: give both, or none")
-    found = _explained(args, optimizer=args.optimizer)
+    if len(args.batch) * len(args.rank) > 1:
+        _compare(args)
+        return
+    (batch,), (rank,) = args.batch, args.rank
+    found = _explained(args, batch, rank, optimizer=args.optimizer)
     ranks = None if args.parallel is None else found.ranks(args.world_size, args.parallel)
     for path, draw in ((args.plot, found.plot), (args.timeline, found.timeline)):
         if path is not None:
@@ -157,6 +179,29 @@ def _explain(args: argparse.Namespace) -> None:
     else:
         tables = [found.table(), *([] if ranks is None else [ranks.table()])]
         print(*tables, found.report.table(wide=args.wide), sep="\n\n")
+
+
+def _compare(args: argparse.Namespace) -> None:
+    """Peaks of several batches and ranks."""
+    for name in ("plot", "timeline", "world_size"):
+        if getattr(args, name) is not None:
+            option = name.replace("_", "-")
+            raise _BadInput(f"--{option} is of one --batch and one --rank: give one of each")
+    rows: list[dict[str, Any]] = []
+    for batch, rank in itertools.product(args.batch, args.rank):
+        memory = _explained(args, batch, rank, optimizer=args.optimizer).memory
+        peaks = {variant: row.peak for variant, row in memory.items()}
+        rows.append({"batch": batch, "rank": rank, "peaks": peaks})
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return
+    unit, name_of_unit = unit_of(max(max(row["peaks"].values()) for row in rows))
+    table = [
+        [row["batch"], row["rank"], *(f"{peak / unit:.2f}" for peak in row["peaks"].values())]
+        for row in rows
+    ]
+    headers = ["batch", "rank", *(f"{name}, {name_of_unit}" for name in rows[0]["peaks"])]
+    print("Peaks, predicted:", tabulate(table, headers, disable_numparse=True), sep="\n\n")
 
 
 def _fit(args: argparse.Namespace) -> None:
@@ -170,11 +215,7 @@ def _fit(args: argparse.Namespace) -> None:
 
     def build(layers: int, checkpointing: bool) -> torch.nn.Module:
         model, _ = _model(argparse.Namespace(**vars(args) | {"layers": layers}))
-        if checkpointing:
-            with warnings.catch_warnings():  # transformers 5 has another name for it
-                warnings.simplefilter("ignore", FutureWarning)
-                model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        return model
+        return _checkpointed(model) if checkpointing else model
 
     settings = CompactConfig(
         projection=args.projection, exclude=args.exclude, recompute=not args.no_recompute
@@ -205,7 +246,7 @@ def _fit(args: argparse.Namespace) -> None:
 
 
 def _graph(args: argparse.Namespace) -> None:
-    found = _explained(args)
+    found = _explained(args, args.batch, args.rank)
     args.out.mkdir(parents=True, exist_ok=True)
     for number, graphs in enumerate(found.graphs):
         written = [
@@ -268,14 +309,23 @@ def _inductor() -> str:
 # --- models --------------------------------------------------------------------------------------
 
 
-def _explained(args: argparse.Namespace, **settings: Any) -> Explanation:
+def _explained(
+    args: argparse.Namespace, batch: int, rank: float | int, **settings: Any
+) -> Explanation:
     """The model of a Hugging Face configuration, explained for a batch of token ids."""
+    if batch < 1:
+        raise _BadInput(f"--batch {batch} must be ≥ 1")
     model, config = _model(args)
-    inputs = _inputs(args, config)(args.batch)
-    with _named(args, inputs):
+    if args.checkpoint:
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            raise _BadInput(f"{type(model).__name__} has no gradient_checkpointing_enable")
+        model = _checkpointed(model)
+    inputs = _inputs(args, config)(batch)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=args.autocast)  # of fake tensors
+    with _named(args, inputs), autocast:
         return explain(
             model,
-            rank=args.rank,
+            rank=rank,
             gradients=args.gradients,
             projection=args.projection,
             saved=args.saved,
@@ -284,6 +334,13 @@ def _explained(args: argparse.Namespace, **settings: Any) -> Explanation:
             **settings,
             **inputs,
         )
+
+
+def _checkpointed(model: torch.nn.Module) -> torch.nn.Module:
+    with warnings.catch_warnings():  # transformers 5 has another name for it
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    return model
 
 
 def _inputs(args: argparse.Namespace, config: Any) -> Callable[[int], dict[str, Any]]:
@@ -315,17 +372,36 @@ def _named(args: argparse.Namespace, inputs: dict[str, Any]) -> Iterator[None]:
         raise _BadInput(message) from None
 
 
+def _config_file(file_or_name: str) -> Path:
+    """The file itself, or that of a model in the hub's local cache."""
+    path = Path(file_or_name)
+    if path.suffix == ".json" or path.exists():
+        return path
+    from huggingface_hub import try_to_load_from_cache  # comes with transformers
+
+    try:
+        found = try_to_load_from_cache(file_or_name, "config.json")
+    except ValueError:  # no name of a model
+        return path
+    if not isinstance(found, str):
+        raise _BadInput(
+            f"{file_or_name} is no file, and not in the hub's local cache: get its config.json "
+            f"(hf download {file_or_name} config.json), or give the file's path"
+        )
+    return Path(found)
+
+
 def _model(args: argparse.Namespace) -> tuple[torch.nn.Module, Any]:
     """Built on the meta device: without memory."""
     for name in ("batch", "seq", "layers"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
+        if isinstance(getattr(args, name), int) and getattr(args, name) < 1:
             raise _BadInput(f"--{name} {getattr(args, name)} must be ≥ 1")
     try:
         import transformers
     except ImportError:
         raise _BadInput("--hf-config needs transformers: pip install transformers") from None
     try:
-        content = json.loads(args.hf_config.read_text(encoding="utf-8"))
+        content = json.loads(_config_file(args.hf_config).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise _BadInput(f"cannot read {args.hf_config}: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
@@ -346,10 +422,12 @@ def _model(args: argparse.Namespace) -> tuple[torch.nn.Module, Any]:
         raise _BadInput(f"architecture {name!r} is not one that transformers has")
     build = maker.from_config if hasattr(maker, "from_config") else maker
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    autocast = getattr(args, "autocast", False)
+    dtype = args.dtype or ("float32" if autocast else "bfloat16")
     try:
         config = transformers.AutoConfig.for_model(kind, **content)
         with torch.device("meta"):
-            return build(config).to(getattr(torch, args.dtype)).train(), config
+            return build(config).to(getattr(torch, dtype)).train(), config
     except Exception as error:  # whatever a model's constructor makes of its numbers
         raise _BadInput(f"{args.hf_config} makes no model: {error}") from None
 

@@ -63,8 +63,7 @@ class Explanation:
     def table(self, tablefmt: str = "simple") -> str:
         """The breakdown of each variant in GB (10⁹ bytes), or in MB where all is small."""
         names = ["weights", "gradients", "optimizer", "saved", "other", "peak"]
-        small = max(row.peak for row in self.memory.values()) < 1e9
-        unit, name_of_unit = (1e6, "MB") if small else (1e9, "GB")
+        unit, name_of_unit = unit_of(max(row.peak for row in self.memory.values()))
         rows = [
             [variant, *(f"{getattr(row, name) / unit:.2f}" for name in names)]
             for variant, row in self.memory.items()
@@ -212,6 +211,11 @@ def explain(
         graph_breaks=_torch.graph_breaks(breaks),
     )
     return Explanation(report=report, memory=memory, graphs=tuple(graphs_of), _trainings=trainings)
+
+
+def unit_of(size: int) -> tuple[float, str]:
+    """GB (10⁹ bytes), or MB where the largest of all sizes is less than one."""
+    return (1e6, "MB") if size < 1e9 else (1e9, "GB")
 
 
 def _check_arguments(

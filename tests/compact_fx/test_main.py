@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +157,69 @@ def test_env(capsys, monkeypatch):
     printed = capsys.readouterr().out
     for word in ("python", "torch", "triton", "CUDA", "Inductor", "works"):
         assert word in printed
+
+
+def test_several_batches_and_ranks_are_rows(capsys):
+    """The peaks that each has alone."""
+    command = ["explain", "--hf-config", str(TINY), "--layers", "1", "--seq", "32", "--json"]
+    assert main([*command, "--batch", "2", "4", "--rank", "0.25", "16"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["batch"], row["rank"]) for row in rows] == [(2, 0.25), (2, 16), (4, 0.25), (4, 16)]
+    assert main([*command, "--batch", "4", "--rank", "16"]) == 0
+    alone = json.loads(capsys.readouterr().out)["memory"]
+    assert rows[-1]["peaks"] == {variant: row["peak"] for variant, row in alone.items()}
+
+    assert main([*command[:-1], "--batch", "2", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "compact, sketched, MB" in printed
+    assert len(printed.splitlines()) == 6
+
+    assert main([*command, "--batch", "2", "4", "--plot", "m.png"]) == 2
+    check_error(capsys, "--plot is of one --batch and one --rank")
+
+
+def saved_by(capsys, *options):
+    """Bytes that torch.compile keeps."""
+    command = ["explain", "--hf-config", str(TINY), "--batch", "2", "--seq", "32", "--json"]
+    assert main([*command, *options]) == 0
+    return json.loads(capsys.readouterr().out)["memory"]["torch.compile"]
+
+
+def test_explain_with_checkpoints_and_autocast(capsys):
+    """Less is saved; with autocast weights are in float32, and activations are not."""
+    plain, checkpointed = saved_by(capsys), saved_by(capsys, "--checkpoint")
+    assert checkpointed["saved"] < plain["saved"]
+    wide, autocast = saved_by(capsys, "--dtype", "float32"), saved_by(capsys, "--autocast")
+    assert autocast["weights"] == wide["weights"] == 2 * plain["weights"]
+    assert autocast["saved"] < wide["saved"]
+
+
+def test_a_model_of_the_local_cache(capsys, tmp_path, monkeypatch):
+    """By its name on the hub; what is not there is not fetched, and said."""
+    import huggingface_hub
+
+    cached = {("org/tiny", "config.json"): config(tmp_path)}
+
+    def look_up(name, file):
+        return cached.get((name, file))
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", look_up)
+    small = ["--batch", "2", "--seq", "32"]
+    assert main(["explain", "--hf-config", "org/tiny", *small]) == 0
+    assert "model.layers.0.mlp.down_proj" in capsys.readouterr().out
+    assert main(["explain", "--hf-config", "org/other", *small]) == 2
+    check_error(capsys, "org/other is no file, and not in the hub's local cache: get its config")
+
+
+def test_a_reader_that_stops_early():
+    """`| head`: no traceback."""
+    command = [sys.executable, "-m", "compact_fx", "explain", "--hf-config", str(TINY), *SMALL]
+    pipe = f"{shlex.join(command)} | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", pipe], capture_output=True, text=True)
+    assert done.stdout.startswith("MB")
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+    assert done.returncode == 0
 
 
 def test_as_a_program():
