@@ -215,11 +215,11 @@ def _let_go_of_activation(graph: fx.Graph, factor: fx.Node, dy: fx.Node, positio
     if factor.meta["val"].dim() != 2:
         return
     for product in list(dy.users):
+        if product.target is not aten.mm.default or product.args[0] is not dy:
+            continue
         value = product.meta["val"]
         if (
-            product.target is not aten.mm.default
-            or product.args[0] is not dy
-            or any(user <= factor for user in product.users)
+            any(user <= factor for user in product.users)
             or value.shape[-1] != factor.meta["val"].shape[position]
             or value.dtype != factor.meta["val"].dtype
         ):

@@ -69,8 +69,9 @@ def orthogonal(key: Tensor, n: int, rank: int) -> Tensor:
     # The angle is reduced in integers: float32 would lose it for large n.
     quarter_turns = ((2 * row[:, None] + 1) * columns) % (4 * n)
     cosines = torch.cos(quarter_turns.to(torch.float32) * (math.pi / (2 * n)))
-    norms = torch.where(columns == 0, math.sqrt(1.0 / rank), math.sqrt(2.0 / rank))
-    return _signs(key, row)[:, None] * cosines * norms
+    signed = _signs(key, row)[:, None] * cosines
+    # Two numbers alone would make a tensor of the default dtype.
+    return torch.where(columns == 0, signed * math.sqrt(1.0 / rank), signed * math.sqrt(2.0 / rank))
 
 
 def _signs(key: Tensor, row: Tensor) -> Tensor:

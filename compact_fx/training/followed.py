@@ -142,6 +142,11 @@ _MOST_ELEMENTS = 2**24  # of P's that change at once: some ten times as much is 
 _all: "list[weakref.ref[Followed]]" = []
 
 
+def versions_in_use() -> list[Version]:
+    """Of all tracked projections of this process."""
+    return [followed.version for reference in _all if (followed := reference()) is not None]
+
+
 @_torch.untraced  # a compiled function may call backward()
 @torch.no_grad()
 def _receive(leaf: Tensor, followed: Followed | None, version: Version) -> None:

@@ -207,7 +207,9 @@ class GraphInputs:
         for group, p in zip(groups, self._plan.projections, strict=True):
             root = group.root()
             if p.is_tracked:
-                versions.append((root.salt, root.followed[p.features, p.rank, self._seed].version))
+                followed = root.followed[p.features, p.rank, self._seed]
+                # A restored one may be in the version of the one before, which has its own leaf.
+                versions.append((root.salt, weakref.ref(followed), followed.version))
             else:
                 versions.append((root.salt, root.steps // self._interval))
         return versions

@@ -171,7 +171,7 @@ def restored(state: Mapping[str, Any], weight: Tensor, known: list[Version]) -> 
     """What a saved state of this weight says beside the moments.
 
     Args:
-        known: versions of other weights' states, and from then on this one's: equal ones are one.
+        known: versions of other weights, and from then on this state's: equal ones are one.
 
     Raises:
         ValueError: what the state says does not fit together, or not to the weight.
@@ -248,7 +248,8 @@ def _basis_of(
     def version(name: str, generation: int) -> Version:
         matrix = tensors[name].detach().to(weight.device, copy=True)
         for other in known:
-            if other.generation == generation and torch.equal(other.matrix, matrix):
+            is_here = other.generation == generation and other.matrix.device == matrix.device
+            if is_here and torch.equal(other.matrix, matrix):
                 return other
         known.append(Version(matrix, generation))
         return known[-1]

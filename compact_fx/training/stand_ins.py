@@ -12,7 +12,7 @@ from compact_fx import _torch
 from compact_fx.errors import warn_at_caller
 from compact_fx.projections import Basis, Version
 from compact_fx.training import low_bit, moments
-from compact_fx.training.followed import share_gradients
+from compact_fx.training.followed import share_gradients, versions_in_use
 from compact_fx.training.gradients import ConsumedGrad, sketched_part
 from compact_fx.training.moments import REFRESHES, Refresh
 from compact_fx.training.weights import (
@@ -538,7 +538,7 @@ class CompactOptimizer(torch.optim.Optimizer):
         steps: dict[Tensor, int] = {}
         bases: dict[Tensor, Basis] = {}
         now: dict[Tensor, tuple[Version, Tensor, int]] = {}
-        versions: list[Version] = []
+        versions = versions_in_use()  # another optimizer may have loaded one that its weights share
         own: dict[Tensor, dict[str, Any]] = {}
         plain: dict[Any, Any] = {k: v for k, v in state_dict["state"].items() if k not in names}
         for name, weight in zip(names, weights, strict=True):

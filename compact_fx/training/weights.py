@@ -74,7 +74,10 @@ class Group:
         if other is not here:
             other._merged_into = here
             here._members += other._members
-            here.followed = {**other.followed, **here.followed}
+            for key, theirs in other.followed.items():
+                followed = here.followed.setdefault(key, theirs)
+                if followed.version is theirs.version:  # by the weight that has seen more steps
+                    followed.changed_at = max(followed.changed_at, theirs.changed_at)
             for followed in here.followed.values():
                 followed.steps = here.steps_so_far
         elif record.group is None:

@@ -446,3 +446,19 @@ def test_the_first_activation_of_a_backward_is_let_go_before_its_gradient_is_mad
     values = values_of(changed)
     for a, b in zip(evaluate(changed.module, values), evaluate(plain.module, values), strict=True):
         assert (a is None and b is None) or torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gradient_that_leaves_the_graph_as_it_came_is_no_obstacle(
+    rewritten, calls, values_of, evaluate
+):
+    """Tokens in one dimension, and a residual that is an input: its gradient is dy itself."""
+    module = calls(lambda m, x, residual: residual + m.down(F.silu(x)), down=nn.Linear(96, 64))
+    inputs = batch(128, 96).requires_grad_(), batch(128, 64).requires_grad_()
+    settings = {"gradients": "sketched", "projection": "tracked", "rank": 16, "place": "late"}
+    _, plan, changed, _ = rewritten(module, *inputs, **settings)
+    assert [site.side for site in plan.sketched] == ["output"]
+    assert any(node.kwargs.get("beta") == 0 for node in changed.module.graph.nodes)
+    plain = rewritten(module, *inputs, **settings, recompute=False)[2]
+    values = values_of(changed)
+    for a, b in zip(evaluate(changed.module, values), evaluate(plain.module, values), strict=True):
+        assert (a is None and b is None) or torch.allclose(a, b, rtol=1e-5, atol=1e-6)

@@ -250,6 +250,18 @@ def test_other_dtypes_are_the_float32_result_rounded(kind, dtype):
     assert torch.equal(random_projection(5, 40, 12, kind=kind, dtype=dtype), reference.to(dtype))
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", DRAWN)
+def test_the_default_dtype_plays_no_part(kind, default):
+    expected = draw(key_of(3), 48, 12, kind, torch.float32)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        assert torch.equal(draw(key_of(3), 48, 12, kind, torch.float32), expected)
+    finally:
+        torch.set_default_dtype(before)
+
+
 @pytest.mark.parametrize("kind", DRAWN)
 def test_global_random_state_plays_no_part(kind):
     torch.manual_seed(0)

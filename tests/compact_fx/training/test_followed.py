@@ -626,6 +626,23 @@ def test_restoring_in_the_same_process_goes_back():
     assert train(model, step, optimizer, 5, 3) == expected
 
 
+@pytest.mark.parametrize("how", ["loaded", "copied"])
+def test_what_is_restored_within_an_interval_sees_what_comes(how):
+    """P is the same before and after: its graphs get leaves of the restored one all the same."""
+    seen = []
+    for restored in (False, True):
+        model = make()
+        step, optimizer = compiled(model), CompactAdamW(model.parameters(), lr=1e-2)
+        train(model, step, optimizer, 3)
+        if restored and how == "loaded":
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        elif restored:
+            optimizer = copy.copy(optimizer)
+        train(model, step, optimizer, 1, 3)
+        seen.append(followed_of(model.up.weight).gradient)
+    assert torch.equal(*seen)
+
+
 def test_a_copy_goes_on_by_itself():
     model = make()
     step, optimizer = compiled(model), CompactAdamW(model.parameters(), lr=1e-2)
@@ -684,6 +701,40 @@ def test_resumed_weights_that_run_alone_see_their_own_gradients(how):
     loss_of(compiled(again), data(2)).backward()
     assert torch.equal(followed_of(again.two.weight).gradient, before)
     assert not torch.equal(followed_of(again.one.weight).gradient, before)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("saved_at", [2, 3, 6])
+def test_two_optimizers_of_one_projection_resume_bit_for_bit(saved_at, every):
+    def run(model, step, optimizers, first, steps):
+        losses = []
+        for i in range(first, first + steps):
+            loss = loss_of(step, data(i))
+            loss.backward()
+            for optimizer, rate in zip(optimizers, (1, every), strict=True):
+                if i % rate == 0:
+                    optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    def fresh(seed):
+        torch.manual_seed(seed)
+        model = Siblings()
+        layers = model.two, model.one  # the one whose group the other joins is loaded last
+        return model, [CompactAdamW(layer.parameters(), lr=1e-2) for layer in layers]
+
+    model, optimizers = fresh(0)
+    step = compiled(model)
+    run(model, step, optimizers, 0, saved_at)
+    saved = copy.deepcopy((model.state_dict(), [o.state_dict() for o in optimizers]))
+    expected = run(model, step, optimizers, saved_at, 6)
+
+    model, optimizers = fresh(1)
+    model.load_state_dict(saved[0])
+    for optimizer, state in zip(optimizers, saved[1], strict=True):
+        optimizer.load_state_dict(state)
+    assert run(model, compiled(model), optimizers, saved_at, 6) == expected
 
 
 DAMAGE = {
