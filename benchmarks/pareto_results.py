@@ -88,15 +88,23 @@ def plot(results: dict[str, Any], folder: Path) -> list[Path]:
         if rows:
             number = f"_{len(paths)}" if paths else ""
             paths.append(folder / f"pareto_{results['name']}{number}.png")
-            picture(f"{results['name']}, {device}", rows).savefig(paths[-1])
+            picture(title_of(results, device), rows).savefig(paths[-1])
     return paths
+
+
+def title_of(results: dict[str, Any], device: str) -> str:
+    """What was trained, on what."""
+    shape = results["shape"]
+    model = f"{shape['layers']} layers, {shape['hidden']} wide, MLP {shape['mlp']}"
+    batch = f"{shape['batch']} x {shape['seq']} tokens, bf16"
+    return f"{results['name']}: {model}; {batch}; {device}"
 
 
 def picture(title: str, rows: list[Row]) -> Any:
     """Time against peak memory, both relative to BASE, everyone's names, and our frontier."""
     from matplotlib.figure import Figure  # not there on every GPU machine
 
-    figure = Figure(figsize=(12, 8), dpi=150, layout="constrained")
+    figure = Figure(figsize=(10.5, 6), dpi=130, layout="constrained")
     axes = figure.subplots()
     ours = [(row["peak_ratio"], row["ms_ratio"]) for row in rows if is_ours(row)]
     others = [(row["peak_ratio"], row["ms_ratio"]) for row in rows if not is_ours(row)]
