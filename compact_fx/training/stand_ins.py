@@ -343,6 +343,8 @@ class CompactOptimizer(torch.optim.Optimizer):
         state = states[weight]
         if weight in self._bases:  # may fail for want of memory
             moments.carry(state, self._bases[weight], basis, self._settings.refresh)
+        else:  # of full size, if there are any: nothing in them says where the gradient is
+            state = {}
         self.state.pop(weight, None)
         if state:
             self.state[stand_in] = state
@@ -454,13 +456,15 @@ class CompactOptimizer(torch.optim.Optimizer):
     def _check_state(self, weight: Tensor, basis: Basis) -> None:
         if not self.state.get(weight):
             return
-        if weight not in self._bases:
-            raise ValueError(
+        if weight in self._bases:
+            moments.check(self._bases[weight], basis, tuple(weight.shape))
+        elif "dense moments" not in self._warned:
+            self._warned.add("dense moments")
+            warn_at_caller(
                 f"the state of a weight of shape {tuple(weight.shape)} is dense, its gradient is "
-                f"sketched (rank {basis.projection.rank}): start with a fresh optimizer, or train "
-                "with dense ones"
+                f"sketched (rank {basis.projection.rank}): the moments of such weights begin anew, "
+                "those of all others go on"
             )
-        moments.check(self._bases[weight], basis, tuple(weight.shape))
 
     # --- stepping while backward runs ------------------------------------------------------------
 
