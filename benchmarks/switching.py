@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--out", type=Path, default=Path("out/switching.json"))
     args = parser.parse_args()
+    torch.set_num_threads(1)  # small tensors are slower on several
 
     config = load_config(args.config, args.seq)
     training, validation = (batches(t, args.batch, args.seq, args.seed) for t in load_text())
