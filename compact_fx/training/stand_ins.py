@@ -96,7 +96,8 @@ class CompactOptimizer(torch.optim.Optimizer):
     factor's shape whose gradient is the factor. The inner optimizer keeps its state for it and
     writes its update into it; the weight then becomes
     `(1 - lr · weight_decay) · W + scale · update Pᵀ`, in one pass. Dense weights are stepped as
-    they are. A dense gradient of a weight whose state is sketched is used as G P.
+    they are. A dense gradient of a weight whose state is sketched is used as G P. Moments of full
+    size, of a weight whose gradient is sketched, begin anew.
 
     With moments in 8 bits dense weights have stand-ins too, a few weights are stepped at once, and
     their moments are numbers in float32 only while they are.
@@ -343,7 +344,7 @@ class CompactOptimizer(torch.optim.Optimizer):
         state = states[weight]
         if weight in self._bases:  # may fail for want of memory
             moments.carry(state, self._bases[weight], basis, self._settings.refresh)
-        else:  # of full size, if there are any: nothing in them says where the gradient is
+        else:  # there is none, or one of full size: `_check_state` has warned
             state = {}
         self.state.pop(weight, None)
         if state:

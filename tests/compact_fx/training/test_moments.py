@@ -94,12 +94,12 @@ def test_a_resumed_run_goes_on_to_the_bit():
     optimizer.load_state_dict(saved)
     with pytest.warns(UserWarning, match=ANEW):
         train(model, optimizer, 2, first=5, **sketch)
-    states = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     expected = train(model, optimizer, 4, first=7, **sketch)
     resumed = mlp()
     optimizer = CompactAdamW(resumed.parameters())
-    resumed.load_state_dict(states[0])
-    optimizer.load_state_dict(states[1])
+    resumed.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
     assert train(resumed, optimizer, 4, first=7, **sketch) == expected
 
 
