@@ -177,6 +177,11 @@ def restored(state: Mapping[str, Any], weight: Tensor, known: list[Version]) -> 
         ValueError: what the state says does not fit together, or not to the weight.
     """
     whose = f"the saved state of a weight of shape {tuple(weight.shape)}"
+    if "projector" in state:
+        raise ValueError(
+            f"{whose} has moments in a projection of another method (GaLore and APOLLO keep "
+            "'projector' beside them): load the model, and start with a fresh optimizer"
+        )
     numbers: dict[str, int] = {}
     tensors: dict[str, Tensor] = {}
     for name, value in state.items():

@@ -96,7 +96,8 @@ class CompactOptimizer(torch.optim.Optimizer):
     factor's shape whose gradient is the factor. The inner optimizer keeps its state for it and
     writes its update into it; the weight then becomes
     `(1 - lr · weight_decay) · W + scale · update Pᵀ`, in one pass. Dense weights are stepped as
-    they are. A dense gradient of a weight whose state is sketched is used as G P.
+    they are. A dense gradient of a weight whose state is sketched is used as G P. Moments of full
+    size, of a weight whose gradient is sketched, begin anew.
 
     With moments in 8 bits dense weights have stand-ins too, a few weights are stepped at once, and
     their moments are numbers in float32 only while they are.
@@ -343,6 +344,8 @@ class CompactOptimizer(torch.optim.Optimizer):
         state = states[weight]
         if weight in self._bases:  # may fail for want of memory
             moments.carry(state, self._bases[weight], basis, self._settings.refresh)
+        else:  # there is none, or one of full size: `_check_state` has warned
+            state = {}
         self.state.pop(weight, None)
         if state:
             self.state[stand_in] = state
@@ -454,13 +457,15 @@ class CompactOptimizer(torch.optim.Optimizer):
     def _check_state(self, weight: Tensor, basis: Basis) -> None:
         if not self.state.get(weight):
             return
-        if weight not in self._bases:
-            raise ValueError(
+        if weight in self._bases:
+            moments.check(self._bases[weight], basis, tuple(weight.shape))
+        elif "dense moments" not in self._warned:
+            self._warned.add("dense moments")
+            warn_at_caller(
                 f"the state of a weight of shape {tuple(weight.shape)} is dense, its gradient is "
-                f"sketched (rank {basis.projection.rank}): start with a fresh optimizer, or train "
-                "with dense ones"
+                f"sketched (rank {basis.projection.rank}): the moments of such weights begin anew, "
+                "those of all others go on"
             )
-        moments.check(self._bases[weight], basis, tuple(weight.shape))
 
     # --- stepping while backward runs ------------------------------------------------------------
 

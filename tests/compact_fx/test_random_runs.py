@@ -421,10 +421,6 @@ class Records:
             self.steps[name] += 1
 
 
-class Refusal(Exception):
-    """A step that has to raise."""
-
-
 @dataclass
 class Way:
     """How a weight is stepped: densely, or with a factor in a basis; and what is said of it."""
@@ -619,21 +615,16 @@ class Reference:
             return Way(factor, basis, NO_SKETCH if state else "")
         if is_dense and gradient.dense is not None:
             return Way(self.dense(name))
-        if is_dense:
-            raise Refusal
         if gradient.is_written:
             return Way(self.fit(gradient.dense, basis), basis, WRITTEN)
         if gradient.dense is not None:
             factor = gradient.factor + self.compress(gradient.dense, basis)
             return Way(factor, basis, BESIDE)
-        return Way(gradient.factor, basis)
+        return Way(gradient.factor, basis, ANEW if is_dense else "")
 
     def ways(self):
-        """Of all weights that a step changes; None if it has to raise."""
-        try:
-            return {name: self.way(name) for name in self.held if name in self.gradients}
-        except Refusal:
-            return None
+        """Of all weights that a step changes."""
+        return {name: self.way(name) for name in self.held if name in self.gradients}
 
     @torch.no_grad()
     def step(self, ways, optimizer):
@@ -662,7 +653,9 @@ class Reference:
                 self.gradients[name] = Gradient(dense=way.gradient)
         else:
             lr, p = group["lr"], self.matrix(way.basis)
-            if state and state["basis"] != way.basis:
+            if "basis" not in state:  # of full size
+                state.clear()
+            elif state["basis"] != way.basis:
                 self.change_basis(state, p)
             coupled = 0.0 if adam else decay * self.compress(weight, way.basis)
             scale = group["scale"]
@@ -776,10 +769,11 @@ class Reference:
 
 
 GROWTH_INTERVAL = 3
-WRITTEN, BESIDE, NO_SKETCH = (
+WRITTEN, BESIDE, NO_SKETCH, ANEW = WARNINGS = (
     "is dense since something wrote",
     "has a dense part",
     "is dense: no sketch made it",
+    "the moments of such weights begin anew",
 )
 
 
@@ -1036,40 +1030,18 @@ class Run:
         self.attempt(self.optimizer.step)
 
     def attempt(self, step):
-        """A step of the optimizer, which may have to raise or to warn."""
-        failed = False
+        """A step of the optimizer, which may have to warn."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            try:
-                step()
-            except ValueError as error:
-                failed = error
-        said = {t for w in caught for t in (WRITTEN, BESIDE, NO_SKETCH) if t in str(w.message)}
+            step()
+        said = {t for w in caught for t in WARNINGS if t in str(w.message)}
         ways = self.reference.ways()
-        if (ways is None) != bool(failed):
-            raise Difference(f"step raised {failed!r}, expected: {ways is None}")
-        if failed:
-            self.refused(said)
-            return
         expected = {way.warning for way in ways.values() if way.warning} - self.warned
         if said != expected:
             raise Difference(f"warned {said}, expected {expected}")
         self.warned |= said
         self.counts.update(f"({way.warning})" for way in ways.values() if way.warning)
         self.stepped(ways)
-
-    def refused(self, said):
-        """A dense state and a sketched gradient: mostly, go on with a fresh optimizer."""
-        self.counts["(steps refused)"] += 1
-        self.warned |= said
-        self.zero(set_to_none=True)
-        self.compare()
-        if self.chance(0.7):
-            optimizer = self.algorithm.make(self.model, self.reference.groups)
-            self.reference.state = {}
-            self.take(self.model, optimizer)
-            self.scaler = self.make_scaler()
-            self.reference.loss_scale, self.reference.good_steps = 2.0**8, 0
 
     def bystander(self):
         """An optimizer that changes nothing makes a step; others may have used the gradients."""
@@ -1198,12 +1170,7 @@ class Run:
             if self.algorithm.options.get("fused"):  # to autograd, it has written into the weights
                 self.pending = []
         else:
-            scaler = self.scaler
             self.attempt(lambda: self.scaler.step(self.optimizer))
-            if scaler is not self.scaler or not self.reference.gradients:  # it was refused
-                self.scaler, self.reference.loss_scale = self.make_scaler(), 2.0**8
-                self.reference.good_steps = 0
-                return
         self.scaler.update()
         self.reference.update_scale(found_inf)
         if self.scaler.get_scale() != self.reference.loss_scale:

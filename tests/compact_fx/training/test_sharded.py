@@ -276,6 +276,23 @@ def test_moments_are_sharded_as_their_weight(process_group):
     assert moment.placements == model.up.weight.placements
 
 
+def test_moments_of_full_size_begin_anew(process_group):
+    """A state of torch's AdamW: what is sketched starts, and all else goes on."""
+    model = sharded(rank=0.25)
+    dense = torch.optim.AdamW(model.parameters())
+    for weight in model.parameters():
+        moments = {name: torch.ones_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+        dense.state[weight] = {"step": torch.tensor(5.0), **moments}
+    optimizer = CompactAdamW(model.parameters())
+    optimizer.load_state_dict(dense.state_dict())
+    model(torch.randn(8, 32)).pow(2).mean().backward()
+    with pytest.warns(UserWarning, match=r"shape \(64, 32\) is dense.*begin anew"):
+        optimizer.step()
+    state = optimizer.state[model.up.weight]
+    assert (state["step"], state["exp_avg"].shape) == (1, (64, 8))
+    assert optimizer.state[model.up.bias]["step"] == 6
+
+
 def test_equal_blocks_are_sharded_alike(process_group):
     """They have one graph: the sketch of the first may take away what the second is sharded in."""
     backend = compact_backend(rank=8, inner="aot_eager", place="late", strict=True)
