@@ -93,7 +93,8 @@ def inverse_of_lower(lower: Tensor) -> Tensor:
     size = lower.shape[2]
     if size <= 128 or size % 2:
         identity = torch.eye(size, dtype=lower.dtype, device=lower.device).expand_as(lower)
-        return torch.linalg.solve_triangular(lower, identity, upper=False)
+        solved: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+        return solved
     half = size // 2
     result = torch.zeros_like(lower)
     halves = inverse_of_lower(torch.cat([lower[:, :half, :half], lower[:, half:, half:]]))
