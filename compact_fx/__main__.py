@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -99,6 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     how = "DistributedDataParallel, or fully_shard of blocks"
     command.add_argument("--parallel", choices=get_args(Parallel), help=how)
     command.add_argument("--plot", type=Path, metavar="OUT.png", help="stacked bars")
+    line = "of a GPU: a line in --plot, such as 24GB"
+    command.add_argument("--gpu", type=_size, metavar="SIZE", help=line)
     command.add_argument("--timeline", type=Path, metavar="OUT.png", help="memory over a step")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--wide", action="store_true", help="more columns, nothing shortened")
@@ -170,15 +173,20 @@ def _explain(args: argparse.Namespace) -> None:
     (batch,), (rank,) = args.batch, args.rank
     found = _explained(args, batch, rank, optimizer=args.optimizer)
     ranks = None if args.parallel is None else found.ranks(args.world_size, args.parallel)
-    for path, draw in ((args.plot, found.plot), (args.timeline, found.timeline)):
+    plot = functools.partial(found.plot, gpu_memory=args.gpu)
+    for path, draw in ((args.plot, plot), (args.timeline, found.timeline)):
         if path is not None:
             print(f"wrote {draw(path)}", file=sys.stderr)
     if args.json:
         of_ranks = {} if ranks is None else {"ranks": ranks.to_dict()}
         print(json.dumps(found.to_dict() | of_ranks, indent=1))
     else:
+        note = (
+            f"{found.described}. Predicted, not measured: on a GPU, peaks of LLaMA blocks were "
+            "within 2 % of this, with checkpoints 2 to 6 % higher (docs/reports.md)."
+        )
         tables = [found.table(), *([] if ranks is None else [ranks.table()])]
-        print(*tables, found.report.table(wide=args.wide), sep="\n\n")
+        print(fill(note, 100), *tables, found.report.table(wide=args.wide), sep="\n\n")
 
 
 def _compare(args: argparse.Namespace) -> None:

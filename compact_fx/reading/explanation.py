@@ -50,11 +50,13 @@ class Explanation:
         memory: by variant: "eager", "torch.compile", "compact, dense" and "compact, sketched"
             gradients.
         graphs: of each compiled graph, with the settings that were asked for.
+        described: the model, its size and dtype, and its inputs, in one line.
     """
 
     report: CompactionReport
     memory: Mapping[str, Breakdown]
     graphs: tuple[CompactedGraphs, ...] = field(repr=False)
+    described: str
     _trainings: Mapping[str, Training] = field(repr=False)
 
     def __str__(self) -> str:
@@ -105,17 +107,22 @@ class Explanation:
         compiled = {way: self._trainings[way] for way in VARIANTS if way != "eager"}
         return ranks_of(compiled, self.memory, world_size, parallel)
 
-    def plot(self, path: str | Path) -> Path:
-        """Stacked bars of each variant's memory; needs matplotlib."""
+    def plot(self, path: str | Path, *, gpu_memory: float | None = None) -> Path:
+        """Stacked bars of each variant's memory at its peak; needs matplotlib.
+
+        Args:
+            gpu_memory: bytes of a GPU, drawn as a line.
+        """
         from compact_fx.reading.plots import breakdown  # matplotlib is an extra
 
-        return breakdown(self.memory, path)
+        return breakdown(self.memory, path, title=self.described, gpu_memory=gpu_memory)
 
     def timeline(self, path: str | Path) -> Path:
         """Live memory over forward and backward, one line for each variant; needs matplotlib."""
         from compact_fx.reading.plots import timeline
 
-        return timeline({name: row.timeline for name, row in self.memory.items()}, path)
+        moments = {name: row.timeline for name, row in self.memory.items()}
+        return timeline(moments, path, title=self.described)
 
 
 def explain(
@@ -162,6 +169,7 @@ def explain(
         output = _torch.call_compiled(model, analyser, args, inputs)
         outside = _memory_of_loss(output, loss)
         eager, saved = _memory_of_eager(model, args, inputs, loss)
+    described = _described(model, (args, inputs))
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     lasting = storage_bytes([*model.parameters(), *model.buffers()])
     given = storage_bytes(_torch.tree_leaves((args, inputs)))
@@ -210,7 +218,26 @@ def explain(
         plans=tuple(graphs.plan for graphs in graphs_of if graphs.plan.sites),
         graph_breaks=_torch.graph_breaks(breaks),
     )
-    return Explanation(report=report, memory=memory, graphs=tuple(graphs_of), _trainings=trainings)
+    return Explanation(
+        report=report,
+        memory=memory,
+        graphs=tuple(graphs_of),
+        described=described,
+        _trainings=trainings,
+    )
+
+
+def _described(model: nn.Module, given: Any) -> str:
+    """Class, parameters in millions, dtype of most of them, and the shape of the first input."""
+    elements: dict[str, int] = {}
+    for weight in model.parameters():
+        name = str(weight.dtype).removeprefix("torch.")
+        elements[name] = elements.get(name, 0) + weight.numel()
+    dtype = max(elements, key=elements.__getitem__)
+    size = f"{sum(elements.values()) / 1e6:.3g}M parameters in {dtype}"
+    tensors = [leaf for leaf in _torch.tree_leaves(given) if isinstance(leaf, Tensor)]
+    shape = " x ".join(map(str, tensors[0].shape)) if tensors else "no tensor"
+    return f"{type(model).__name__}, {size}, batch {shape}"
 
 
 def unit_of(size: int) -> tuple[float, str]:

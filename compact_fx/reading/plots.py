@@ -38,38 +38,37 @@ def _bars(
     rows: Mapping[str, Mapping[str, float]],
     title: str,
     path: str | Path,
-    peaks: Sequence[float] = (),
+    gpu_memory: float | None = None,
 ) -> Path:
-    """One stacked bar for each row, and a mark at its peak; everything in bytes."""
-    size = (8, 1.4 + 0.5 * len(rows))
+    """One stacked bar for each row, its sum behind it; a line for a GPU; everything in bytes."""
+    size = (8, 1.6 + 0.5 * len(rows))
     figure, axes = _matplotlib().subplots(figsize=size, layout="constrained")
-    parts = list(dict.fromkeys(part for row in rows.values() for part in row))
-    most = max(*(sum(row.values()) for row in rows.values()), *peaks, 1)
+    parts = list(dict.fromkeys(part for row in rows.values() for part in row if row[part] > 0))
+    most = max(*(sum(row.values()) for row in rows.values()), gpu_memory or 0, 1)
     unit, name = _unit(most)
     left = dict.fromkeys(rows, 0.0)
     for part, color in zip(parts, COLORS, strict=False):
         widths = [row.get(part, 0) / unit for row in rows.values()]
         axes.barh(list(rows), widths, left=list(left.values()), label=part, color=color)
         for row, width in zip(rows, widths, strict=True):
-            if width * unit > 0.07 * most:
-                axes.text(
-                    left[row] + width / 2, row, f"{width:.2g}", ha="center", va="center", color="w"
-                )
+            share = width * unit / most
+            if share > 0.015:
+                small = {"rotation": 90, "fontsize": 7} if share < 0.07 else {}
+                at = (left[row] + width / 2, row)
+                axes.text(*at, f"{width:.2g}", ha="center", va="center", color="w", **small)
             left[row] += width
-    for row, end in left.items() if not peaks else ():
+    for row, end in left.items():
         axes.text(end + 0.01 * most / unit, row, f"{end:.3g}", va="center", weight="bold")
-    if peaks:
-        marks = [peak / unit for peak in peaks]
-        axes.plot(marks, list(rows), "k|", markersize=18, markeredgewidth=2, label="peak")
-        for row, mark in zip(rows, marks, strict=True):
-            right = max(mark, left[row]) + 0.01 * most / unit  # gradients and saved do not overlap
-            axes.text(right, row, f"{mark:.3g}", va="center", weight="bold")
+    if gpu_memory is not None:
+        label = f"GPU, {gpu_memory / unit:.3g} {name}"
+        axes.axvline(gpu_memory / unit, color="k", linestyle="--", linewidth=1, label=label)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12 * most / unit)
     axes.set_xlabel(name)
-    axes.set_title(title, loc="left")
+    axes.set_title(title, loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(ncols=len(parts) + bool(peaks), frameon=False, loc="outside lower center")
+    columns = len(parts) + (gpu_memory is not None)
+    figure.legend(ncols=columns, frameon=False, loc="outside lower center", fontsize=9)
     return _save(figure, path)
 
 
@@ -115,25 +114,40 @@ def crossing(plans: Sequence[Plan], path: str | Path) -> Path:
     return _bars(parts, "kept for the backward pass", path)
 
 
-def breakdown(memory: Mapping[str, Breakdown], path: str | Path) -> Path:
-    """Weights, gradients, optimizer states and saved activations of each variant."""
-    names = ("weights", "gradients", "optimizer", "saved")
-    labels = ("weights", "gradients", "optimizer states", "saved activations")
+def breakdown(
+    memory: Mapping[str, Breakdown],
+    path: str | Path,
+    *,
+    title: str = "one training step",
+    gpu_memory: float | None = None,
+) -> Path:
+    """What is alive at the peak of each variant; saved activations are gone when gradients are all.
+
+    Args:
+        title: what was trained.
+        gpu_memory: bytes of a GPU, drawn as a line.
+    """
     rows = {
-        variant: {label: getattr(row, name) for name, label in zip(names, labels, strict=True)}
+        variant: {
+            "weights": row.weights,
+            "optimizer states": row.optimizer,
+            "saved activations": row.saved if row.saved >= row.gradients else 0,
+            "gradients": row.gradients if row.gradients > row.saved else 0,
+            "other at peak": row.other,
+        }
         for variant, row in memory.items()
     }
-    title = "one training step: its parts, and the most that is alive at a time"
-    return _bars(rows, title, path, [row.peak for row in memory.values()])
+    return _bars(rows, f"{title}: at the peak", path, gpu_memory)
 
 
-def timeline(moments: Mapping[str, Sequence[Moment]], path: str | Path) -> Path:
+def timeline(moments: Mapping[str, Sequence[Moment]], path: str | Path, *, title: str = "") -> Path:
     """Live memory over one step: one line for each run, forward and backward side by side.
 
     Args:
         moments: by the name of a run, such as `explanation.memory[...].timeline`, or what
             `from_snapshot` reads from CUDA's memory history.
         path: of the picture.
+        title: what was trained.
     """
     figure, axes = _matplotlib().subplots(figsize=(9, 4.4), layout="constrained")
     unit, name_of_unit = _unit(max(moment.bytes for run in moments.values() for moment in run))
@@ -151,6 +165,7 @@ def timeline(moments: Mapping[str, Sequence[Moment]], path: str | Path) -> Path:
     axes.set_xticks([0.5, 1.5], ["forward", "backward"])
     axes.tick_params(axis="x", length=0)
     axes.set_ylabel(f"{name_of_unit} alive")
+    axes.set_title(title, loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, loc="outside lower center", ncols=2)
     return _save(figure, path)

@@ -216,7 +216,7 @@ def test_a_reader_that_stops_early():
     command = [sys.executable, "-m", "compact_fx", "explain", "--hf-config", str(TINY), *SMALL]
     pipe = f"{shlex.join(command)} | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", pipe], capture_output=True, text=True)
-    assert done.stdout.startswith("MB")
+    assert done.stdout.startswith("LlamaForCausalLM, ")
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr
     assert done.returncode == 0

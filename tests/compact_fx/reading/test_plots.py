@@ -38,6 +38,7 @@ def check_picture(path):
     "draw",
     [
         lambda found, path: found.plot(path),
+        lambda found, path: found.plot(path, gpu_memory=2e6),
         lambda found, path: found.timeline(path),
         lambda found, path: found.report.plot(path),
     ],
@@ -49,6 +50,26 @@ def test_pictures_are_drawn(found, tmp_path, draw):
     assert draw(found, path) == path
     check_picture(path)
     assert matplotlib.pyplot.get_fignums() == open_before
+
+
+def test_bars_end_at_the_peak(found, tmp_path, monkeypatch):
+    """Their parts are all that is alive there; the title says of what."""
+    widths, titles = [], []
+    draw = matplotlib.axes.Axes.barh
+
+    def barh(self, rows, width, **settings):
+        widths.append(width)
+        return draw(self, rows, width, **settings)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "barh", barh)
+    monkeypatch.setattr(
+        matplotlib.axes.Axes, "set_title", lambda self, title, **_: titles.append(title)
+    )
+    found.plot(tmp_path / "m.png")
+    ends = [sum(row) for row in zip(*widths, strict=True)]
+    assert ends == pytest.approx([row.peak / 1e6 for row in found.memory.values()])
+    described = "Sequential, 0.0166M parameters in float32, batch 512 x 64"
+    assert (found.described, titles) == (described, [f"{described}: at the peak"])
 
 
 def test_large_and_small_memory_have_units(tmp_path, monkeypatch):
