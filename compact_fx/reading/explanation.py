@@ -228,13 +228,15 @@ def explain(
 
 
 def _described(model: nn.Module, given: Any) -> str:
-    """Class, parameters in millions, dtype of most of them, and the shape of the first input."""
+    """Class, parameters, dtype of most of them, and the shape of the first input."""
     elements: dict[str, int] = {}
     for weight in model.parameters():
         name = str(weight.dtype).removeprefix("torch.")
         elements[name] = elements.get(name, 0) + weight.numel()
     dtype = max(elements, key=elements.__getitem__)
-    size = f"{sum(elements.values()) / 1e6:.3g}M parameters in {dtype}"
+    count = sum(elements.values())
+    number = f"{count / 1e9:.3g}B" if count >= 1e9 else f"{count / 1e6:.3g}M"
+    size = f"{number} parameters in {dtype}"
     tensors = [leaf for leaf in _torch.tree_leaves(given) if isinstance(leaf, Tensor)]
     shape = " x ".join(map(str, tensors[0].shape)) if tensors else "no tensor"
     return f"{type(model).__name__}, {size}, batch {shape}"
