@@ -160,6 +160,12 @@ def before_forward(records: Sequence[WeightRecord], *, is_shared: bool) -> None:
                 "to False"
             )
         if is_shared and record.exchange is None:
+            if any(r.exchange is not None and r.sharding is None for r in records):
+                raise ValueError(
+                    "a weight that was frozen, or not in the model yet, when "
+                    "exchange_factors(model) was called is not exchanged, nor does "
+                    "DistributedDataParallel exchange it: unfreeze it before the call"
+                )
             raise ValueError(
                 "with torch.distributed sketched gradients and tracked projections need "
                 "compact_fx.exchange_factors(model), after init_process_group and before "

@@ -27,6 +27,7 @@ FAULTS = {
     "step_in_backward": "step_in_backward=True steps before",
     "too late": r"comes before DistributedDataParallel\(model\)",
     "other names": "DistributedDataParallel exchanges up.weight as well",
+    "unfrozen later": r"frozen.* when exchange_factors\(model\) was called is not exchanged",
     "nothing left": "needs a parameter that requires a gradient besides",
     "another module": "was called for weights of this model before, with another module",
     "another seed later": "gradients came on 1 of 2 ranks that came on none before",

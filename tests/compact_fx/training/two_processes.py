@@ -463,6 +463,19 @@ def nothing_left() -> None:
     exchange_factors(nn.Linear(8, 8, bias=False))
 
 
+def unfrozen_later() -> None:
+    def make() -> nn.Module:
+        model = Net()
+        model.up.requires_grad_(False)
+        return model
+
+    model, step = wrapped(FULL, make=make)
+    one_step(step)
+    model.zero_grad()
+    model.up.requires_grad_(True)
+    one_step(step)
+
+
 def another_module() -> None:
     model = Net()
     exchange_factors(model)
@@ -500,6 +513,7 @@ ALONE: dict[str, Callable[[], Any]] = {
 }
 FAULTS = {
     "unregistered": unregistered,
+    "unfrozen later": unfrozen_later,
     "other rank": lambda: other_settings(rank=0.5),
     "other seed": lambda: other_settings(seed=1),
     "other kind": lambda: other_settings(projection="gaussian"),
