@@ -26,9 +26,10 @@ from tabulate import tabulate
 from compact_fx.config import CompactConfig, Storage
 from compact_fx.errors import CannotCompact
 from compact_fx.projections import KINDS
-from compact_fx.reading.explanation import STATES, Explanation, explain, unit_of
+from compact_fx.reading.explanation import STATES, Explanation, explain
 from compact_fx.reading.fit import GPU, RANKS, fit
 from compact_fx.reading.graphs import dot_of
+from compact_fx.reading.memory import size_unit
 from compact_fx.reading.ranks import Parallel
 
 
@@ -203,7 +204,7 @@ def _compare(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(rows, indent=1))
         return
-    unit, name_of_unit = unit_of(max(max(row["peaks"].values()) for row in rows))
+    unit, name_of_unit = size_unit(max(max(row["peaks"].values()) for row in rows))
     table = [
         [row["batch"], row["rank"], *(f"{peak / unit:.2f}" for peak in row["peaks"].values())]
         for row in rows
@@ -228,7 +229,7 @@ def _fit(args: argparse.Namespace) -> None:
     settings = CompactConfig(
         projection=args.projection, exclude=args.exclude, recompute=not args.no_recompute
     )
-    with _named(args, inputs(args.batch or 1)):
+    with _named(args, inputs(1 if args.batch is None else args.batch)):
         found = fit(
             build,
             inputs,
@@ -321,8 +322,6 @@ def _explained(
     args: argparse.Namespace, batch: int, rank: float | int, **settings: Any
 ) -> Explanation:
     """The model of a Hugging Face configuration, explained for a batch of token ids."""
-    if batch < 1:
-        raise _BadInput(f"--batch {batch} must be ≥ 1")
     model, config = _model(args)
     if args.checkpoint:
         if not getattr(model, "supports_gradient_checkpointing", False):
@@ -359,6 +358,8 @@ def _inputs(args: argparse.Namespace, config: Any) -> Callable[[int], dict[str, 
         raise _BadInput(f"--seq {length} is more than max_position_embeddings {longest}")
 
     def inputs(batch: int) -> dict[str, Any]:
+        if batch < 1:
+            raise _BadInput(f"--batch {batch} must be ≥ 1")
         tokens = torch.zeros(batch, length, dtype=torch.int64, device="meta")
         without_cache = hasattr(config, "use_cache") and not config.is_encoder_decoder
         cache = {"use_cache": False} if without_cache else {}
@@ -401,8 +402,8 @@ def _config_file(file_or_name: str) -> Path:
 
 def _model(args: argparse.Namespace) -> tuple[torch.nn.Module, Any]:
     """Built on the meta device: without memory."""
-    for name in ("batch", "seq", "layers"):
-        if isinstance(getattr(args, name), int) and getattr(args, name) < 1:
+    for name in ("seq", "layers"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise _BadInput(f"--{name} {getattr(args, name)} must be ≥ 1")
     try:
         import transformers

@@ -23,7 +23,7 @@ from compact_fx.passes.joint_graph import JointGraph
 from compact_fx.passes.live_bytes import GraphMemory, Moment, graph_memory
 from compact_fx.plan import Plan
 from compact_fx.reading.graphs import CompactedGraphs, named
-from compact_fx.reading.memory import Breakdown, LiveMemory, step_timeline
+from compact_fx.reading.memory import Breakdown, LiveMemory, size_unit, step_timeline
 from compact_fx.reading.ranks import (
     Parallel,
     Ranks,
@@ -65,7 +65,7 @@ class Explanation:
     def table(self, tablefmt: str = "simple") -> str:
         """The breakdown of each variant in GB (10⁹ bytes), or in MB where all is small."""
         names = ["weights", "gradients", "optimizer", "saved", "other", "peak"]
-        unit, name_of_unit = unit_of(max(row.peak for row in self.memory.values()))
+        unit, name_of_unit = size_unit(max(row.peak for row in self.memory.values()))
         rows = [
             [variant, *(f"{getattr(row, name) / unit:.2f}" for name in names)]
             for variant, row in self.memory.items()
@@ -240,11 +240,6 @@ def _described(model: nn.Module, given: Any) -> str:
     tensors = [leaf for leaf in _torch.tree_leaves(given) if isinstance(leaf, Tensor)]
     shape = " x ".join(map(str, tensors[0].shape)) if tensors else "no tensor"
     return f"{type(model).__name__}, {size}, batch {shape}"
-
-
-def unit_of(size: int) -> tuple[float, str]:
-    """GB (10⁹ bytes), or MB where the largest of all sizes is less than one."""
-    return (1e6, "MB") if size < 1e9 else (1e9, "GB")
 
 
 def _check_arguments(

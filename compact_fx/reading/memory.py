@@ -36,6 +36,11 @@ class Breakdown:
     timeline: tuple[Moment, ...]
 
 
+def size_unit(most: float) -> tuple[float, str]:
+    """GB (10⁹ bytes), or MB where the largest of all sizes is less than one."""
+    return (1e9, "GB") if most >= 1e9 else (1e6, "MB")
+
+
 def step_timeline(graphs: Sequence[GraphMemory], between: Sequence[Moment] = ()) -> list[Moment]:
     """The forward passes of all graphs in order, then their backward passes in reverse.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from compact_fx.passes.live_bytes import Moment
 from compact_fx.plan import SAVED_KINDS, Plan, bytes_of_kind
-from compact_fx.reading.memory import Breakdown
+from compact_fx.reading.memory import Breakdown, size_unit
 
 COLORS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")
 
@@ -30,10 +30,6 @@ def _save(figure: Any, path: str | Path) -> Path:
     return path
 
 
-def _unit(most: float) -> tuple[float, str]:
-    return (1e9, "GB") if most >= 1e9 else (1e6, "MB")
-
-
 def _bars(
     rows: Mapping[str, Mapping[str, float]],
     title: str,
@@ -45,7 +41,7 @@ def _bars(
     figure, axes = _matplotlib().subplots(figsize=size, layout="constrained")
     parts = list(dict.fromkeys(part for row in rows.values() for part in row if row[part] > 0))
     most = max(*(sum(row.values()) for row in rows.values()), gpu_memory or 0, 1)
-    unit, name = _unit(most)
+    unit, name = size_unit(most)
     left = dict.fromkeys(rows, 0.0)
     for part, color in zip(parts, COLORS, strict=False):
         widths = [row.get(part, 0) / unit for row in rows.values()]
@@ -150,7 +146,7 @@ def timeline(moments: Mapping[str, Sequence[Moment]], path: str | Path, *, title
         title: what was trained.
     """
     figure, axes = _matplotlib().subplots(figsize=(9, 4.4), layout="constrained")
-    unit, name_of_unit = _unit(max(moment.bytes for run in moments.values() for moment in run))
+    unit, name_of_unit = size_unit(max(moment.bytes for run in moments.values() for moment in run))
     for (name, run), color in zip(moments.items(), COLORS, strict=False):
         x = list(_positions(run))
         y = [moment.bytes / unit for moment in run]
