@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from training import build, inputs_of, to_float8
 from transformers import RobertaConfig, RobertaForSequenceClassification
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.llama import modeling_llama
 
 from compact_fx import CompactAdamW, compact_backend
@@ -119,11 +120,19 @@ def competitors(name: str) -> dict[str, Competitor]:
     at = rank_label(rank)
     ours = partial(compact, rank=rank)
     low_bit: dict[str, Any] = {"saved": "int8"}
+    smallest = {"state_dtype": "fp8", **low_bit}
+    chunked: dict[str, Competitor] = {}
+    if name == "350m":  # where logits are much of all
+        chunked["torch.compile, loss in chunks"] = partial(compiled, chunks=True)
+        chunked[f"compact {at}, loss in chunks"] = partial(ours, chunks=True)
+        label = f"compact {at}, int8, 8-bit moments, loss in chunks"
+        chunked[label] = partial(ours, chunks=True, **smallest)
     return {
         "torch.compile": compiled,
         f"compact {at}": ours,
         f"compact {at}, int8": partial(ours, **low_bit),
-        f"compact {at}, int8, 8-bit moments": partial(ours, state_dtype="fp8", **low_bit),
+        f"compact {at}, int8, 8-bit moments": partial(ours, **smallest),
+        **chunked,
         "eager": eager,
         "torch.compile, checkpointing": partial(compiled, checkpointing=True),
         f"compact {at}, checkpointing": partial(ours, checkpointing=True),
@@ -131,14 +140,15 @@ def competitors(name: str) -> dict[str, Competitor]:
             ours, checkpointing=True, state_dtype="fp8"
         ),
         f"compact {at}, int8, 8-bit moments, checkpointing": partial(
-            ours, checkpointing=True, state_dtype="fp8", **low_bit
+            ours, checkpointing=True, **smallest
         ),
         **{
             f"compact {rank_label(other)}{label}": partial(compact, rank=other, **settings)
             for other in others
             for label, settings in {
                 "": {},
-                ", int8, 8-bit moments": {"state_dtype": "fp8", **low_bit},
+                ", int8, 8-bit moments": smallest,
+                ", float8": {"float8": "rowwise_with_gw_hp"},
                 ", 8-bit moments, checkpointing": {"state_dtype": "fp8", "checkpointing": True},
             }.items()
         },
@@ -153,7 +163,7 @@ def competitors(name: str) -> dict[str, Competitor]:
         },
         f"compact {at}, float8": partial(ours, float8="rowwise_with_gw_hp"),
         f"compact {at}, float8, int8, 8-bit moments": partial(
-            ours, float8="rowwise_with_gw_hp", state_dtype="fp8", **low_bit
+            ours, float8="rowwise_with_gw_hp", **smallest
         ),
         f"paper in eager, {at}": partial(paper, rank=rank),
         f"GaLore {at}": partial(galore, rank=rank),
@@ -232,12 +242,32 @@ def eager(case: Case) -> Training:
     return model, fused_adamw(model)
 
 
-def compiled(case: Case, *, checkpointing: bool = False, float8: str | None = None) -> Training:
+CHUNKS = {"auto_chunker.enable": True}  # of Inductor
+
+
+class LossAlone(nn.Module):
+    """A language model whose logits nobody gets: Inductor may make them in chunks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Tensor) -> CausalLMOutput:
+        return CausalLMOutput(loss=self.model(**inputs).loss)
+
+
+def compiled(
+    case: Case, *, checkpointing: bool = False, float8: str | None = None, chunks: bool = False
+) -> Training:
     """torch.compile, with products in float8 by one of torchao's recipes if asked."""
     model = make(case, checkpointing=checkpointing)
     if float8 is not None:
         model = to_float8(model, float8)
-    model.compile(backend=case.inner)
+    if chunks:
+        model = LossAlone(model)
+        model.compile(backend=case.inner, options=CHUNKS)
+    else:
+        model.compile(backend=case.inner)
     return model, fused_adamw(model)
 
 
@@ -265,6 +295,7 @@ def compact(
     checkpointing: bool = False,
     state_dtype: Any = None,
     float8: str | None = None,
+    chunks: bool = False,
     **settings: Any,
 ) -> Training:
     """Tracked projections; a classifier's head trains in full, as with the other methods."""
@@ -273,6 +304,9 @@ def compact(
         model = to_float8(model, float8)
     exclude = ("classifier.*",) if case.is_encoder else ()
     settings |= {"rank": rank, "exclude": exclude, "inner": case.inner}
+    if chunks:
+        model = LossAlone(model)
+        settings["options"] = CHUNKS
     model.compile(backend=compact_backend(strict=True, **settings))
     return model, CompactAdamW(model.parameters(), lr=LR, fused=True, state_dtype=state_dtype)
 

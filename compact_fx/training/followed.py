@@ -51,7 +51,7 @@ class Followed:
     ) -> None:
         self.projection = projection
         self.seed = seed
-        self.steps = steps
+        self.count_by(steps)
         self.version = version
         self.gradient = gradient
         self.changed_at = changed_at
@@ -63,6 +63,15 @@ class Followed:
         self._room: Tensor | None = None  # where Y is: lasting tensors stay where they are
         self._leaves: dict[torch.dtype, Tensor] = {}
         _all.append(weakref.ref(self))
+
+    def count_by(self, steps: Callable[[], int]) -> None:
+        """A method of those whom it belongs to, without which it goes at once."""
+        self._steps = weakref.WeakMethod(steps)
+
+    def steps(self) -> int:
+        """Of its weights."""
+        steps = self._steps()
+        return self.changed_at if steps is None else steps()
 
     def basis(self, projection: Projection, seed: int) -> TrackedBasis:
         """P as it is now, in this dtype, of a run with this seed."""

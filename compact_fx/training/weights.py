@@ -79,7 +79,7 @@ class Group:
                 if followed.version is theirs.version:  # by the weight that has seen more steps
                     followed.changed_at = max(followed.changed_at, theirs.changed_at)
             for followed in here.followed.values():
-                followed.steps = here.steps_so_far
+                followed.count_by(here.steps_so_far)
         elif record.group is None:
             here._members.append(weakref.ref(record))
         record.group = here
