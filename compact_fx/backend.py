@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class CompactBackend:
-    """A torch.compile backend that computes weight gradients from random sketches.
+    """A torch.compile backend that computes weight gradients from sketches of activations.
 
     Attributes:
         config: the settings.

@@ -48,8 +48,9 @@ class CompactConfig:
         saved: "int8" or "fp8" stores large values that cross in 8 bits, with a scale for each 128
             neighbours, and masks in single ones; "keep" as they are.
         memory_budget: the most that activations may take at the peak of a graph: a float in (0, 1]
-            is a share of what they take with torch.compile, an int bytes. The cheapest of `LADDER`
-            that is predicted to reach it takes the place of `recompute` and `saved`.
+            is a share of what they take with torch.compile, an int bytes. The cheapest treatment
+            that is predicted to reach it (as torch cuts, `recompute`, `saved="int8"` with it)
+            takes the place of `recompute` and `saved`; `BudgetTooSmall` is raised if none is.
         place: where sketches are taken. "auto" takes them in the forward pass where that makes an
             activation unnecessary and in the backward pass where the activation is there anyway.
         inner: "inductor", or "aot_eager" to run the same graphs without code generation.

@@ -20,8 +20,10 @@ class Site:
 
     Attributes:
         weight: qualified parameter name.
-        index: which graph input the weight is; `use`: which of its uses, 0 for the first.
-        in_features, out_features: 0 where its gradient is not a matrix product.
+        index: which graph input the weight is.
+        use: which of its uses, 0 for the first.
+        in_features: of the weight; 0 where its gradient is not a matrix product.
+        out_features: likewise.
         side: which operand of the weight gradient is sketched: the activation ("input"), or the
             incoming gradient ("output").
         rank: columns of the sketch, 0 where it is left alone.
@@ -95,10 +97,11 @@ class Saved:
     Attributes:
         name: its node in the joint graph.
         op: the operator that makes it.
-        shape, dtype: as text, with symbols for dynamic sizes.
+        shape: as text, with symbols for dynamic sizes.
+        dtype: as text.
         bytes: of its storage; symbolic sizes count with their hint.
         kind: what the backward pass needs it for.
-        readers: the backward's operators that read it, and
+        readers: the backward's operators that read it.
         source: the line of the model that made it.
     """
 
@@ -122,9 +125,11 @@ class SiteCost:
     """What one site costs, without this project and with it.
 
     Attributes:
-        bytes_before, bytes_after: what crosses for this use; weights on one activation count it
-            once, at the first.
-        flops_before, flops_after: of the weight gradient; a shared sketch is split evenly.
+        bytes_before: what crosses for this use without this project; weights on one activation
+            count it once, at the first.
+        bytes_after: the same with it.
+        flops_before: of the weight gradient without it.
+        flops_after: the same with it; a shared sketch is split evenly.
     """
 
     bytes_before: int = 0
@@ -138,7 +143,8 @@ class Account:
     """What a plan costs; decides nothing.
 
     Attributes:
-        saved_before: what torch.compile's own partition keeps; `saved_after`: what ours keeps.
+        saved_before: what torch.compile's own partition keeps.
+        saved_after: what ours keeps.
         projection_bytes: what tracked projections hold from step to step: P, and Y in float32.
         change_flops: what it takes when all of them change.
         sites: for each of the plan's.

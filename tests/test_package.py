@@ -9,6 +9,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+
+import compact_fx
 
 ROOT = Path(__file__).parent.parent
 
@@ -138,6 +141,24 @@ def test_no_circle_within_a_room(room: str):
                     own |= set(names)
         graph[file.stem] = own - {file.stem}
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_every_public_name_is_in_the_api_reference():
+    """Pages of docs/api name what mkdocstrings renders there, each once."""
+    pages = "".join(page.read_text() for page in (ROOT / "docs/api").glob("*.md"))
+    shown = re.findall(r"(?m)^::: compact_fx\.(\w+)$", pages)
+    assert sorted(shown) == sorted(compact_fx.__all__)
+
+
+def test_package_changelog_and_citation_have_one_version():
+    """The newest dated entry of the changelog is the release that CITATION.cff names."""
+    number = re.search(r'(?m)^version = "(.+)"$', (ROOT / "pyproject.toml").read_text())
+    entry = re.search(r"(?m)^## (\d\S*) - (\S+)$", (ROOT / "CHANGELOG.md").read_text())
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert number
+    assert entry
+    assert citation["version"] == entry[1] == number[1]
+    assert str(citation["date-released"]) == entry[2]
 
 
 @pytest.mark.parametrize(("version", "fine"), [("2.10.1", False), ("2.9", False), ("2.11.0", True)])

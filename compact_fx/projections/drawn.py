@@ -70,13 +70,17 @@ def random_projection(
     """A random projection P (n, rank) with E[P Pᵀ] = I (paper section 3).
 
     Args:
-        seed: the run's seed; `generation`: how often it has changed; `salt`: from the weight.
-        n: features to project, `rank`: how many to, 1 ≤ rank (≤ n for "orthogonal").
+        seed: of the run.
+        n: features to project.
+        rank: how many to, 1 ≤ rank (≤ n for "orthogonal").
+        salt: from the weight.
+        generation: how often it has changed.
         kind: "gaussian" N(0, 1/rank), "rademacher" ±1/√rank, "sparse" (two in three entries
             are 0), "orthogonal" (PᵀP = (n / rank)·I exactly, so P Pᵀ = I at rank n),
             "countsketch" (one ±1 in each row, Charikar et al., 2002: products with P are gathers;
             a signed permutation at rank n).
         dtype: drawn in float32 and rounded to this.
+        device: torch's default one if None.
 
     Raises:
         ValueError: an unknown kind, or a rank outside of what the kind allows.

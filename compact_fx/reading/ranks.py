@@ -153,7 +153,9 @@ class PerRank:
         whole: beside its parts: with FSDP2 what is gathered at a time, two blocks and what is in
             none, and their gradients on the way; with DDP its buckets.
         peak: the most that is alive at one time.
-        sent_gradients, sent_weights, sent_projections: in a step; of projections on average.
+        sent_gradients: in a step.
+        sent_weights: in a step.
+        sent_projections: in a step, on average.
     """
 
     weights: int
@@ -174,7 +176,13 @@ class PerRank:
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """One of `world_size` processes, by variant; `print` it."""
+    """One of several processes, by variant; `print` it.
+
+    Attributes:
+        world_size: how many there are.
+        parallel: "ddp" or "fsdp".
+        each: by variant, as in `Explanation.memory`.
+    """
 
     world_size: int
     parallel: Parallel

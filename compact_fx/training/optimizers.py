@@ -24,11 +24,9 @@ _RULES: dict[type[torch.optim.Optimizer], Rule] = {
 class CompactAdamW(CompactOptimizer, torch.optim.AdamW):
     """AdamW whose moments live in the space of the factors (paper, Algorithm 3).
 
-    Weights with dense gradients get exactly torch.optim.AdamW.
-
-    Args:
-        params, lr, betas, eps, weight_decay, kwargs: as torch.optim.AdamW.
-        scale, dense_scale, refresh, state_dtype, step_in_backward: as `compact_optimizer`.
+    Weights with dense gradients get exactly torch.optim.AdamW. `scale`, `dense_scale`, `refresh`,
+    `state_dtype` and `step_in_backward` are those of `compact_optimizer`; all other arguments are
+    those of torch.optim.AdamW.
     """
 
     _rule = _RULES[torch.optim.AdamW]
