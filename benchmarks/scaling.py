@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from tabulate import tabulate
 from training import build, inputs_of, loss_of
 
 from compact_fx import explain
-from compact_fx.reading.explanation import COMPILED, DENSE, SKETCHED
+from compact_fx.reading.explanation import COMPILED, DENSE, SKETCHED, Explanation
 
 TINY = {"layers": 2, "hidden": 256, "mlp": 512, "heads": 4, "vocabulary": 0, "batch": 2, "seq": 256}
 SHAPES = {"tiny": TINY, **{name: BLOCKS[name] for name in ("1b", "8b")}}
@@ -55,24 +55,32 @@ def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["parallel"], row["shape"], row["step"], row["gpus"], row["hardware"]
 
 
-def predicted(shape: str, parallel: str, step: str, gpus: int) -> dict[str, float]:
-    """What `explain` says of a rank; nothing is run."""
+@cache
+def explained(shape: str, step: str) -> tuple[Explanation, int]:
+    """What `explain` says, and bytes of the target; nothing is run."""
     model, inputs = build(SHAPES[shape], "meta"), inputs_of(SHAPES[shape], "meta")
     model.embed_tokens.requires_grad_(False)
     target = torch.zeros_like(inputs["inputs_embeds"], device="cpu")
     settings = VARIANTS[step].settings
-    way = SKETCHED if settings.get("gradients") == "sketched" else DENSE
     found = explain(
         model,
         loss=partial(loss_of, target=target),
         **inputs,
         **settings,
     )
+    return found, target.nbytes
+
+
+def predicted(shape: str, parallel: str, step: str, gpus: int) -> dict[str, float]:
+    """Of a rank."""
+    found, target_bytes = explained(shape, step)
+    is_sketched = VARIANTS[step].settings.get("gradients") == "sketched"
+    way = SKETCHED if is_sketched else DENSE
     ranks = found.ranks(gpus, parallel.split()[0])
     rank = ranks.each[way if VARIANTS[step].backend == "compact" else COMPILED]
     return {
         "predicted_mb": rank.sent / 1e6,
-        "predicted_peak_gb": (rank.peak + target.nbytes) / 1e9,
+        "predicted_peak_gb": (rank.peak + target_bytes) / 1e9,
     }
 
 

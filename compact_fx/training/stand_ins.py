@@ -78,6 +78,16 @@ def _lay_out(state: dict[str, Any], weight: Tensor) -> None:
             state[name] = torch.empty_like(weight, dtype=moment.dtype).copy_(moment)
 
 
+def cast(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Each in its type: as it is, or copied, all in a few launches."""
+    pairs = list(zip(tensors, dtypes, strict=True))
+    result = [t if t.dtype is dtype else torch.empty_like(t, dtype=dtype) for t, dtype in pairs]
+    copied = [(new, old) for new, old in zip(result, tensors, strict=True) if new is not old]
+    if copied:
+        torch._foreach_copy_([new for new, _ in copied], [old for _, old in copied])
+    return result
+
+
 # Elements of stand-ins with moments in 8 bits that are stepped at once: with all that is in float32
 # then, some 16 to 24 bytes for each are alive. A larger weight is stepped alone.
 _MOST_ELEMENTS = 2**24
@@ -266,8 +276,14 @@ class CompactOptimizer(torch.optim.Optimizer):
                 self._take_back_state(step)
             if self._settings.in_8_bits:
                 low_bit.encode((self.state[step.weight] for step in steps), moments.SIGNS)
-        for step in steps:
-            self._update(step)
+        dense = [step for step in steps if step.basis is None and step.stand_in is not step.weight]
+        if dense:
+            torch._foreach_copy_([s.weight for s in dense], [s.stand_in for s in dense])
+        sketched = [step for step in steps if step.basis is not None]
+        updates = [_torch.local_part(step.stand_in) for step in sketched]
+        updates = cast(updates, [step.weight.dtype for step in sketched])
+        for step, update in zip(sketched, updates, strict=True):
+            self._update(step, update)
 
     def _inner_groups(
         self,
@@ -277,15 +293,19 @@ class CompactOptimizer(torch.optim.Optimizer):
     ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Groups, each with one of the inner optimizer's: of stand-ins, or of dense weights."""
         inner: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        weights = (weight for group in groups for weight in group["params"])
+        weights = [weight for group in groups for weight in group["params"]]
         states = self._states_of_numbers(
             [weight for weight in weights if weight in factors or self._settings.in_8_bits]
         )
+        sketched = [weight for weight in weights if weight in factors]
+        parts = [factors[weight][0] for weight in sketched]
+        parts = cast(parts, [self._dtype_of_moments(part.dtype) for part in parts])
+        factor_of = dict(zip(sketched, parts, strict=True))
         for group in groups:
             stand_ins = []
             for weight in group["params"]:
                 if weight in factors:
-                    factor, basis = factors[weight]
+                    factor, (_, basis) = factor_of[weight], factors[weight]
                     stand_ins.append(self._stand_in(weight, factor, basis, group, states))
                     steps.append(_Step(weight, stand_ins[-1], basis, group))
             if stand_ins:
@@ -293,9 +313,9 @@ class CompactOptimizer(torch.optim.Optimizer):
                 torch._foreach_zero_([_torch.local_part(stand_in) for stand_in in stand_ins])
             dense = [weight for weight in group["params"] if weight not in factors]
             if self._settings.in_8_bits:
-                for number, weight in enumerate(dense):
-                    dense[number] = self._dense_stand_in(weight, states)
-                    steps.append(_Step(weight, dense[number], None, group))
+                in_place_of = self._dense_stand_ins(dense, states)
+                steps += [_Step(w, s, None, group) for w, s in zip(dense, in_place_of, strict=True)]
+                dense = in_place_of
             lr = {"lr": group["lr"] * group["dense_scale"]} if "lr" in group else {}
             if stand_ins:
                 inner.append((group, {**group, "params": stand_ins, "weight_decay": 0.0}))
@@ -351,19 +371,25 @@ class CompactOptimizer(torch.optim.Optimizer):
             self.state[stand_in] = state
         return stand_in
 
-    def _dense_stand_in(self, weight: Tensor, states: Mapping[Tensor, dict[str, Any]]) -> Tensor:
-        """The weight, or its values in float32, with moments that are numbers."""
-        dtype = self._dtype_of_moments(weight.dtype)
-        stand_in = weight if weight.dtype is dtype else weight.to(dtype)
-        if stand_in is not weight:
-            assert weight.grad is not None
-            stand_in.grad = weight.grad.to(dtype)
-        state = states[weight]
-        _lay_out(state, stand_in)
-        self.state.pop(weight, None)
-        if state:
-            self.state[stand_in] = state
-        return stand_in
+    def _dense_stand_ins(
+        self, weights: Sequence[Tensor], states: Mapping[Tensor, dict[str, Any]]
+    ) -> list[Tensor]:
+        """The weights, or their values in float32, with moments that are numbers."""
+        dtypes = [self._dtype_of_moments(weight.dtype) for weight in weights]
+        stand_ins = cast(weights, dtypes)
+        cast_ones = [
+            pair for pair in zip(weights, stand_ins, strict=True) if pair[0] is not pair[1]
+        ]
+        gradients = cast([w.grad for w, _ in cast_ones], [s.dtype for _, s in cast_ones])
+        for (_, stand_in), gradient in zip(cast_ones, gradients, strict=True):
+            stand_in.grad = gradient
+        for weight, stand_in in zip(weights, stand_ins, strict=True):
+            state = states[weight]
+            _lay_out(state, stand_in)
+            self.state.pop(weight, None)
+            if state:
+                self.state[stand_in] = state
+        return stand_ins
 
     def _states_of_numbers(self, weights: Sequence[Tensor]) -> dict[Tensor, dict[str, Any]]:
         """By weight what the inner optimizer knows, with moments that are numbers."""
@@ -382,16 +408,12 @@ class CompactOptimizer(torch.optim.Optimizer):
         own = self._settings.state_dtype
         return own if isinstance(own, torch.dtype) else dtype
 
-    def _update(self, step: _Step) -> None:
+    def _update(self, step: _Step, update: Tensor) -> None:
         weight, group = step.weight, step.group
-        if step.basis is None:
-            if step.stand_in is not weight:
-                weight.copy_(step.stand_in)
-            return
+        assert step.basis is not None
         keep = 1.0
         if group.get("weight_decay") and self._is_decoupled(group):
             keep = 1.0 - float(group["lr"]) * group["weight_decay"]
-        update = _torch.local_part(step.stand_in).to(weight.dtype)
         if self._rule.is_relative:
             smallest = group["eps"][1]
             rms = _torch.whole(weight.square().mean()).sqrt()
