@@ -119,11 +119,14 @@ def choose_for(
     early = {key for key in early if key[0] not in staying}
     if early:
         moved = on_output & {index for index, _ in early}
-        other, others = list_sites(joint, config, failed, moved) if moved else (draft, uses)
-        trial = _try(joint, _placed(treatment.of(other, joint), early))
-        if trial.cut.bytes < best.cut.bytes:
-            best, uses = trial, others
-    more = best.cut.bytes - before.bytes + extra_bytes(best.plan, joint)
+        choices = [(draft, uses, {key for key in early if key[0] not in moved})]
+        if moved:  # as their projections are larger there, it may not be worth it
+            choices.insert(0, (*list_sites(joint, config, failed, moved), early))
+        for other, others, chosen in choices:
+            trial = _try(joint, _placed(treatment.of(other, joint), chosen))
+            if trial.bytes(joint) < best.bytes(joint):
+                best, uses = trial, others
+    more = best.bytes(joint) - before.bytes
     if config.place == "auto" and more > 0:
         reason = f"sketching keeps {more} bytes more than without"
         sites = (s.left_alone(s.reason if s.sketch is None else reason) for s in draft.sites)
@@ -181,6 +184,10 @@ class _Trial:
     plan: Plan
     cut: Partition
     sketches: dict[int, tuple[fx.Node, ...]]
+
+    def bytes(self, joint: JointGraph) -> int:
+        """What crosses, and what projections hold beyond what factors save."""
+        return self.cut.bytes + extra_bytes(self.plan, joint)
 
     def smaller_early(self, uses: Uses) -> set[tuple[int, int]]:
         """Sites whose sketches take no more bytes early than what crosses for their sake alone."""

@@ -385,6 +385,14 @@ def test_an_activation_that_would_cross_for_the_output_side_is_sketched_on_the_i
     assert (site.side, site.rank, site.placement) == ("input", 32, "early")
 
 
+def test_the_input_side_is_not_taken_where_its_projection_is_larger_than_what_it_saves(joint_of):
+    # A down projection alone in its graph, as where Dynamo cuts at buckets: 1024 to 64.
+    down = nn.Linear(1024, 64, bias=False)
+    plan = choose_sites(joint_of(down, batch(256, 1024)), CompactConfig())
+    (site,) = plan.sites
+    assert (site.side, site.placement, site.reason) == ("output", "late", "")
+
+
 @pytest.mark.parametrize(
     ("settings", "side"),
     [({"rank": 33}, "input"), ({"rank": 32}, "output"), ({"min_features": 33}, "input")],
