@@ -91,9 +91,13 @@ def ddp_of_blocks(model: nn.Module, backend: Any, sketched: bool) -> Wrapped:
 
 
 def _ddp(model: nn.Module, sketched: bool) -> DistributedDataParallel:
+    settings = {}
     if sketched:
         exchange_factors(model)
-    wrapper = DistributedDataParallel(model)
+        # Dynamo then cuts once in each block, and not between weights that share a projection.
+        of_a_block = sum(weight.nbytes for weight in model.layers[0].parameters())
+        settings["bucket_cap_mb"] = max(1, of_a_block // 2**20)
+    wrapper = DistributedDataParallel(model, **settings)
     wrapper.register_comm_hook(None, allreduce_hook)  # what it does anyway, where it can be seen
     return wrapper
 

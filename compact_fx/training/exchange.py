@@ -247,7 +247,10 @@ class Exchange:
             else found[1]
             for slot, found in zip(bucket, taken, strict=True)
         ]
-        shares = torch.cat([tensors[0].new_full((1,), float(found is not None)) for found in taken])
+        shares = tensors[0].new_ones(len(taken))
+        for number, found in enumerate(taken):
+            if found is None:
+                shares[number].zero_()
         work, averaged, shares_of_all = self._send(bucket, tensors, shares)
         backward.works.append(work)
         for slot, found, tensor, share in zip(bucket, taken, averaged, shares_of_all, strict=True):
