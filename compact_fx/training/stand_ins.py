@@ -430,18 +430,20 @@ class CompactOptimizer(torch.optim.Optimizer):
         """
         if weight.grad is None:
             return None
-        known, gradient = self._basis_for(weight), sketched_part(weight.grad)
+        gradient = sketched_part(weight.grad)
         if gradient is not None:
-            if gradient.factor is None and known is None and self.state.get(weight):
+            is_dense = gradient.factor is None
+            if is_dense and self._basis_for(weight) is None and self.state.get(weight):
                 weight.grad = _torch.with_part(weight, gradient.to_dense())
                 return None
-            if gradient.factor is None and not gradient.is_written:
+            if is_dense and not gradient.is_written:
                 self._refuse_projected(weight)
             if gradient.is_written:
                 self._warn(weight, "is dense since something wrote into it (clip_grad_value_, say)")
-            elif gradient.factor is None:
+            elif is_dense:
                 self._warn(weight, "has a dense part")
             return gradient.to_factor(), gradient.basis
+        known = self._basis_for(weight)
         if known is None:
             return None
         self._refuse_projected(weight)

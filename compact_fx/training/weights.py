@@ -258,12 +258,9 @@ def _on_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if found_inf is not None and found_inf.item():  # a fused step that GradScaler skips
         return
     stepped_within = {record for record, (steps, _) in began.items() if record.steps > steps}
-    weights = [
-        weight
-        for group in optimizer.param_groups
-        for weight in group["params"]
-        if _records.get(weight) not in stepped_within
-    ]
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    if stepped_within:
+        weights = [weight for weight in weights if _records.get(weight) not in stepped_within]
     use_gradients(optimizer, weights)
     if weights and all(weight.grad is None for weight in weights):  # cleared within the step
         had_gradients = [record for record, (_, had) in began.items() if had]
