@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seq", type=int, help="tokens in a sequence (2048, or the most that the model takes)"
     )
     dtypes = ["bfloat16", "float16", "float32"]
-    of_weights = "of weights (bfloat16; float32 with --autocast)"
+    of_weights = "of weights (bfloat16; float32 with --autocast of explain)"
     model.add_argument("--dtype", choices=dtypes, help=of_weights)
     model.add_argument("--layers", type=int, help="in place of num_hidden_layers")
     kinds = "(tracked for sketched gradients, countsketch for dense ones)"
@@ -246,7 +246,8 @@ def _fit(args: argparse.Namespace) -> None:
         print(found.to_json())
         return
     note = (
-        f"Predicted, not measured. Peaks are of tensors, below {args.gpu / 1e9:.2f} GB less "
+        f"Predicted, not measured, with weights in {args.dtype or 'bfloat16'}. "
+        f"Peaks are of tensors, below {args.gpu / 1e9:.2f} GB less "
         f"{args.reserve / 1e9:.2f} GB; times are a roofline of {args.tflops:g} TFLOP/s and "
         f"{args.gbps:g} GB/s, of the first row's a token and of torch.compile's at the same batch. "
         "Less rank is faster and costs quality, see docs/quality.md."

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
+from compact_fx.errors import warn_at_caller
 from compact_fx.projections import KINDS, Kind
 
 Rank = float | int
@@ -187,6 +188,8 @@ def _check_int(name: str, value: object, smallest: int) -> None:
 
 def _check_rank(name: str, value: object) -> None:
     _check_share_or_number(name, value, "of in_features", "absolute rank")
+    if isinstance(value, int) and value == 1:
+        warn_at_caller(f"{name}=1 is one column of each weight; {name}=1.0 is all of them")
 
 
 def _check_share_or_number(name: str, value: object, whole: str, unit: str) -> None:

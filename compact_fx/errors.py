@@ -10,7 +10,10 @@ from collections.abc import Iterator
 import torch
 
 log = logging.getLogger(__name__)
-_INSIDE = tuple(os.path.dirname(file) + os.sep for file in (torch.__file__, __file__))
+_INSIDE = (
+    *(os.path.dirname(file) + os.sep for file in (torch.__file__, __file__)),
+    "<string>",  # what a dataclass begins with
+)
 
 
 class CannotCompact(RuntimeError):

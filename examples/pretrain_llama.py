@@ -145,7 +145,7 @@ def make_parser() -> Parser:
     add("--parallel", choices=("ddp", "fsdp"), help=each)
     add("--dtype", choices=DTYPES, help="bf16 is autocast (default: bf16 on CUDA, else float32)")
     add("--out", type=Path, default=Path("out"), help="folder for the figure and the JSON file")
-    add("--report", action="store_true", help="print compact's whole report, not its first line")
+    add("--report", action="store_true", help="print compact's whole report, not its verdict")
     add("--warm", action="store_true", help="use torch's compile caches: compile s means little")
     return parser
 
@@ -359,11 +359,6 @@ def plot(results: list[Result], title: str, file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def first_lines(report: str) -> str:
-    """The totals of a report: one line for each compiled graph."""
-    return "\n".join(graph.splitlines()[0] for graph in report.split("\n\n"))
-
-
 def write_json(results: list[Result], args: argparse.Namespace, file: Path) -> None:
     """Everything that was measured, and with which arguments."""
     arguments = {name: value for name, value in vars(args).items() if name != "settings"}
@@ -442,7 +437,7 @@ def main() -> None:
     print("\n" + table(results, args.batch * args.seq))
     for result in results:
         if result.report is not None:
-            print("\n" + (result.report if args.report else first_lines(result.report)))
+            print("\n" + (result.report if args.report else result.report.split("\n\n")[0]))
     print(f"\nwritten: {args.out / 'loss.png'}, {args.out / 'results.json'}")
 
 

@@ -15,6 +15,8 @@ Python's standard library byte by byte: this shows memory and time, not what suc
   to the nearest bf16: what is less than 1/512 to 1/256 of a weight is lost. Of weights as large as
   0.02 that is most of what AdamW changes at rates below 4e-5; there use weights in float32.
 
+- The head is a graph apart from its embedding, and is sketched like the layers.
+
 `--count` prints what has to be there, from shapes alone.
 """
 

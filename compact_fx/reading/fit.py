@@ -217,7 +217,8 @@ def fit(
             f"nothing fits into {gpu.memory / 1e9:.2f} GB; the smallest prediction is "
             f"{peak / 1e9:.2f} GB (batch {batch or 1}, rank={rank}, saved={saved!r}, "
             f"checkpointing={checkpointed}, state_dtype={state_dtype!r}): use shorter sequences, a "
-            "smaller rank, or a larger GPU"
+            "smaller rank, or a larger GPU. Layers compiled and stepped one by one take less: "
+            "examples/train_8b.py"
         )
     found.sort(key=lambda c: (c.seconds, c.bytes))
     return Fit(tuple(found), config)
@@ -429,6 +430,10 @@ def _table(rows: Sequence[Sequence[float]], columns: int) -> Tensor:
 # --- more layers ---------------------------------------------------------------------------------
 
 
+# By a step for each element: moments are joined, made float32, stepped, joined and rounded.
+_MOVED_IN_8_BITS = 56
+
+
 class _Way:
     """A step with more layers than were traced."""
 
@@ -480,6 +485,8 @@ class _Way:
         short, long = (_seconds(step.kernels, batch, gpu) for step in (self._short, self._long))
         totals = self.totals
         moved = 2 * totals.lasting + totals.gradients + 2 * self._state_bytes(state_dtype)
+        if state_dtype == "fp8":
+            moved += _MOVED_IN_8_BITS * totals.elements
         flops = totals.flops + totals.change_flops / interval
         return short + self._by * (long - short) + moved / gpu.bandwidth + flops / gpu.flops
 

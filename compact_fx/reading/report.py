@@ -11,6 +11,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from compact_fx.config import CompactConfig
 from compact_fx.plan import SAVED_KINDS, Plan, Saved, Site, SiteCost, bytes_of_kind
 from compact_fx.training.watch import STEPS_UNSEEN
 
@@ -161,6 +162,10 @@ def _verdict(plans: Sequence[Plan]) -> str:
     dearer = sum(cost.flops_after > cost.flops_before for cost in costs)
     if dearer:
         text += f". {dearer} take more FLOPs than before: `exclude` them where time counts"
+        usual = CompactConfig.track_every
+        tracked = (plan for plan in plans if any(p.is_tracked for p in plan.projections))
+        if any(plan.track_every < usual for plan in tracked):
+            text += f", or leave `track_every` at {usual}"
     return text + "."
 
 

@@ -251,3 +251,12 @@ def test_names_that_hold_the_pattern_are_the_nearest():
     names = {f"layers.{i}.{part}_proj.weight" for i in range(2) for part in ("o", "up", "gate")}
     (text,) = CompactConfig(exclude=("o_proj",)).unmatched(names)
     assert text.endswith("the nearest: layers.0.o_proj.weight, layers.1.o_proj.weight")
+
+
+@pytest.mark.parametrize("rank", [1, {"*.q": 0.5, "*": 1}])
+def test_one_column_is_said_to_be_one(rank):
+    with pytest.warns(
+        UserWarning, match=r"=1 is one column of each weight; .*=1\.0 is all"
+    ) as found:
+        CompactConfig(rank=rank)
+    assert [warning.filename for warning in found] == [__file__]
