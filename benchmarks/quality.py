@@ -29,7 +29,7 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")  # 
 import sources
 import torch
 from provenance import provenance
-from quality_results import DEFAULTS, Run, key_of, label, plot, read, table
+from quality_results import DEFAULTS, Run, key_of, label, plot, plot_ranks, read, table
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -307,6 +307,7 @@ def main() -> None:
     add("--shared", action="store_true", help="others use the GPU as well: no times")
     add("--table", type=Path, help="print these results")
     add("--plot", type=Path, help="draw these results")
+    add("--plot-ranks", type=Path, help="draw AdamW and the ranks of these results alone")
     add("--times", type=Path, help="results of the same kinds of runs, each alone on its GPU")
     add("--images", type=Path, default=Path("docs/images"), help="folder for figures")
     args = parser.parse_args()
@@ -318,6 +319,8 @@ def main() -> None:
         print(table(read(args.table)))
     if args.plot:
         plot(read(args.plot), args.images, read(args.times) if args.times else [])
+    if args.plot_ranks:
+        plot_ranks(read(args.plot_ranks), args.images)
 
 
 if __name__ == "__main__":

@@ -148,3 +148,54 @@ def plot(rows: list[Run], folder: Path, others: list[Run]) -> None:
         figure.legend(loc="outside lower center", title="loss at the end", fontsize="small")
         figure.suptitle(f"LLaMA {model}, {steps} steps")
         figure.savefig(folder / f"quality_{model}_{steps}.png", dpi=150)
+
+
+def best_by_rank(rows: list[Run]) -> dict[int, dict[float | None, list[Run]]]:
+    """By steps and rank, None for AdamW: the runs at their best rates, on the longest's text.
+
+    Of sketched runs only those that change nothing but rank and rates.
+    """
+    longest = max(rows, key=lambda row: row["settings"]["steps"])
+    best: dict[int, dict[float | None, list[Run]]] = defaultdict(dict)
+    plain = {**DEFAULTS, "gradients": "sketched", "projection": "tracked"}
+    for (model, steps, text), runs in groups_of(rows).items():
+        if (model, text) != (longest["settings"]["model"], longest["data"]):
+            continue
+        for same in sorted(runs.values(), key=mean_of):
+            settings = same[0]["settings"]
+            rank = settings["rank"]
+            free = {"model", "method", "rank", "lr", "rest_lr", "betas", "seed", "steps"}
+            is_plain = all(settings[k] == plain.get(k) for k in settings.keys() - free)
+            is_sketched = settings["method"] == "compact" and isinstance(rank, float) and rank < 1
+            if is_plain and (is_sketched or settings["method"] == "adamw"):
+                best[steps].setdefault(rank, same)
+    return best
+
+
+def plot_ranks(rows: list[Run], folder: Path) -> None:
+    """Validation loss against steps, AdamW's and each rank's; a panel for each number of steps."""
+    from matplotlib.figure import Figure
+
+    best = best_by_rank(rows)
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    for axes, (steps, runs) in zip(
+        figure.subplots(1, len(best), squeeze=False)[0], sorted(best.items()), strict=True
+    ):
+        for rank in sorted(runs, key=lambda rank: -math.inf if rank is None else -rank):
+            same = runs[rank]
+            at = [step for step, _ in same[0]["validation"]]
+            curves = zip(*(row["validation"] for row in same), strict=True)
+            losses = [statistics.fmean(loss for _, loss in points) for points in curves]
+            color, name = "k", "AdamW"
+            if rank is not None:
+                color, name = f"C{round(-math.log2(rank)) - 1}", f"rank 1/{1 / rank:g}"
+            percent = 100 * (losses[-1] / mean_of(runs[None]) - 1)
+            name += f"  {losses[-1]:.3f}" + (f"  ({percent:+.1f} %)" if rank else "")
+            axes.plot(at, losses, color=color, marker="o", markersize=4, label=name)
+        axes.set(title=f"{steps} steps", xlabel="optimizer steps", xlim=(0, None))
+        axes.set(ylabel="validation loss, nats per token")
+        axes.grid(alpha=0.3)
+        axes.legend(title="at the end")
+    model = rows[0]["settings"]["model"].upper()
+    figure.suptitle(f"LLaMA {model}, AdamW and projections that follow the gradient")
+    figure.savefig(folder / f"quality_{model.lower()}_ranks.png", dpi=120)

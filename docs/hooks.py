@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
 from compact_fx.__main__ import main
@@ -17,6 +18,7 @@ SHOWN = (  # a link to anything else is an error of `mkdocs build --strict`
     "CITATION.cff",
     "docs/**/*.md",
     "docs/images/*",
+    "examples/*.ipynb",
     "benchmarks/results/*",
     "compact_fx/config.py",
     "compact_fx/reading/ranks.py",
@@ -25,6 +27,7 @@ FENCE = re.compile(r"(?ms)^```.*?^```$")
 HELP = re.compile(r"(?m)^(python -m compact_fx (.*)--help)$")
 
 
+@event_priority(100)  # before the plugins, one of which renders notebooks
 def on_files(files: Files, config: Any) -> None:
     """In place of what is in docs: what is shown, under its path in the repository."""
     for file in [file for file in files if file.src_dir == config.docs_dir]:

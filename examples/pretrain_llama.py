@@ -20,7 +20,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -341,7 +341,8 @@ def plot(results: list[Result], title: str, file: Path) -> None:
     training, validation = figure.subplots(1, 2, sharex=True, sharey=True)
     for number, result in enumerate(results):
         # Eager and inductor should agree: the earlier line is wider, so that it shows below.
-        style = {"color": COLORS[result.backend], "linewidth": 2 * (len(results) - number)}
+        color = COLORS.get(result.backend)  # others: one of matplotlib's own
+        style = {"color": color, "linewidth": 2 * (len(results) - number)}
         steps, losses = zip(*result.validation, strict=True)
         training.plot(range(1, len(result.losses) + 1), smooth(result.losses), **style)
         validation.plot(steps, losses, **style, label=f"{result.backend}: {losses[-1]:.3f}")
@@ -390,10 +391,12 @@ def start_processes(args: argparse.Namespace) -> tuple[int, int]:
     return dist.get_rank(), processes
 
 
-def parse_arguments() -> tuple[argparse.Namespace, LlamaConfig]:
-    """The arguments, checked as far as they can be before anything runs."""
+def parse_arguments(
+    arguments: Sequence[str] | None = None,
+) -> tuple[argparse.Namespace, LlamaConfig]:
+    """The arguments, the command line's or these, checked before anything runs."""
     parser = make_parser()
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.settings = {
         "rank": args.rank,
         "gradients": args.gradients,

@@ -48,6 +48,15 @@ def test_a_page_has_what_github_shows(site: Path, page: str):
         assert count[0] == count[1], tag
 
 
+@pytest.mark.parametrize(
+    "notebook", sorted(ROOT.glob("examples/*.ipynb")), ids=lambda file: file.stem
+)
+def test_notebooks_are_pages(site: Path, notebook: Path):
+    """With their outputs, pictures among them."""
+    page = (site / "examples" / notebook.name).with_suffix(".html").read_text()
+    assert page.count('src="data:image/png;base64,') == notebook.read_text().count('"image/png"')
+
+
 def test_links_to_nothing_stop_the_build(tmp_path: Path):
     """Pages, anchors, and files that the site does not hold."""
     links = ["docs/none.md", "docs/quality.md#none", "#none", "docs/images/none.png"]
