@@ -67,7 +67,12 @@ def backend(**settings):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}], ids=["plain", "2"]
+    "arguments",
+    [
+        pytest.param({}, marks=pytest.mark.long),
+        {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1},
+    ],
+    ids=["plain", "2"],
 )
 @pytest.mark.parametrize("gradients", ["dense", "sketched"])
 def test_the_losses_are_those_of_plain_training(train, gradients, arguments):

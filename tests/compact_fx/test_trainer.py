@@ -77,7 +77,11 @@ def backend(**settings):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}],
+    [
+        pytest.param({}, marks=pytest.mark.long),
+        {"gradient_accumulation_steps": 2},
+        {"gradient_checkpointing": True},
+    ],
     ids=lambda arguments: next(iter(arguments), "plain"),
 )
 def test_the_losses_are_those_of_plain_training(train, arguments):
