@@ -1,5 +1,6 @@
 """What several tests share: a small LLaMA, a batch, and gradients of a step."""
 
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ Gradients = dict[str, Tensor]
 # There is a worker for each core, and tensors this small are slower on several threads.
 torch.set_num_threads(1)
 
+# Compilers make many objects: Python looks for garbage less often, which saves a tenth of the time.
+gc.set_threshold(20_000)
+
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
@@ -35,7 +39,7 @@ def sees_requires_grad() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_llama() -> Callable[..., LlamaForCausalLM]:
     """The same small LLaMA each time, as Hugging Face ships it."""
 
@@ -55,7 +59,7 @@ def make_llama() -> Callable[..., LlamaForCausalLM]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tokens() -> Tensor:
     """A batch of 4 × 64 bytes."""
     return torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(1))

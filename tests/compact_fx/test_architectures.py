@@ -263,17 +263,14 @@ def assert_every_linear_is_sketched(model, plan):
             assert any(reason in site.reason for reason in LEFT_ALONE), site
 
 
-IN_EVERY_RUN = {"llama", "gemma2", "gpt2", "mixtral", "gpt_oss", "bert", "t5", "swin", "mamba"}
-EVERY_ARCHITECTURE = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in IN_EVERY_RUN else pytest.mark.long)
-        for name in ARCHITECTURES
-    ],
-)
+def every_architecture(*in_every_run):
+    """The others are long."""
+    long = pytest.mark.long
+    names = [pytest.param(n, marks=() if n in in_every_run else long) for n in ARCHITECTURES]
+    return pytest.mark.parametrize("name", names)
 
 
-@EVERY_ARCHITECTURE
+@every_architecture("gemma2", "gpt2", "mixtral", "gpt_oss", "bert", "t5", "swin", "mamba")
 def test_dense_gradients_are_exact(name):
     """At full rank three steps are those of eager; all linear layers are sketched."""
     model, batch = build(name)
@@ -292,7 +289,7 @@ def test_dense_gradients_are_exact(name):
         assert share >= 0.95 * sum(cost.flops_before for cost in plan.account.sites)
 
 
-@EVERY_ARCHITECTURE
+@every_architecture("llama", "gpt2", "mixtral", "gpt_oss", "t5")
 def test_sketched_gradients_are_g_p_pt(name):
     """Never more bytes; a factor of G P Pᵀ where the whole gradient is sketched, else exact."""
     model, batch = build(name)
@@ -402,7 +399,10 @@ def test_experts_in_bfloat16(device, inner):
 
 @pytest.mark.parametrize(
     ("implementation", "reason"),
-    [("batched_mm", "its gradient is no matmul: aten.index_put.default"), ("eager", None)],
+    [
+        ("batched_mm", "its gradient is no matmul: aten.index_put.default"),
+        pytest.param("eager", None, marks=pytest.mark.long),
+    ],
 )
 def test_other_ways_to_run_experts_are_left_alone(implementation, reason):
     """One outer product for each token, or a loop that Dynamo does not compile: exact both."""

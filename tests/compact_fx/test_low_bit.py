@@ -6,6 +6,7 @@ import torch
 from compact_fx import CompactAdamW, SketchedGrad, compact_backend
 
 EXACT = {"rank": 1.0, "projection": "orthogonal", "gradients": "dense", "strict": True}
+DTYPES = {"int8": "int8", "fp8": "float8_e4m3fn"}
 
 
 def gradients_of(model, tokens, backend=None):
@@ -30,7 +31,7 @@ def wide_llama(make_llama):
     ("kind", "inner"),
     [
         ("int8", "aot_eager"),
-        ("fp8", "aot_eager"),
+        pytest.param("fp8", "aot_eager", marks=pytest.mark.long),
         pytest.param("int8", "inductor", marks=pytest.mark.long),
     ],
 )
@@ -46,12 +47,7 @@ def test_gradients_are_within_five_percent_in_every_layer(wide_llama, tokens, ki
             continue
         assert (actual[name] - gradient).norm() < 0.05 * gradient.norm(), name
     assert (actual["embedded"] - expected["embedded"]).norm() > 0
-
-
-def test_the_report_says_what_crosses(wide_llama, tokens):
-    backend = compact_backend(saved="int8", inner="aot_eager", strict=True)
-    gradients_of(wide_llama, tokens, backend)
-    assert "int8 (" in str(backend.report())
+    assert f"{DTYPES[kind]} (" in str(backend.report())
 
 
 def test_it_trains_alike(wide_llama, make_llama, tokens):

@@ -13,7 +13,7 @@ from compact_fx.passes.live_bytes import graph_memory
 from compact_fx.passes.partition import partition
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def joint(make_llama, tokens):
     """The joint graph of a LLaMA with tensors that are large enough to be packed."""
     model, found = make_llama(layers=1, hidden_size=128, intermediate_size=352), []

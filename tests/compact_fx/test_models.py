@@ -14,13 +14,15 @@ BLOCK = (
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-@pytest.mark.parametrize("place", ["auto", "early", "late"])
-@pytest.mark.parametrize("projection", ["orthogonal", "countsketch"])
+@pytest.mark.parametrize(
+    ("projection", "place"),
+    [*(("orthogonal", place) for place in ("auto", "early", "late")), ("countsketch", "auto")],
+)
 def test_full_rank_is_exact(
-    make_llama, tokens, gradients_of, relative_error, recompute, place, projection
+    make_llama, tokens, gradients_of, relative_error, projection, place, recompute
 ):
     """The sites are rewritten, and every gradient equals eager's."""
-    loss, exact = gradients_of(make_llama(), tokens)
+    loss, exact = gradients_of(make_llama(layers=1), tokens)
     backend = compact_backend(
         rank=1.0,
         gradients="dense",
@@ -31,10 +33,10 @@ def test_full_rank_is_exact(
         inner="aot_eager",
         strict=True,
     )
-    compact_loss, compact = gradients_of(make_llama(), tokens, backend)
+    compact_loss, compact = gradients_of(make_llama(layers=1), tokens, backend)
     (plan,) = backend.plans
     assert {site.weight for site in plan.sketched} == {
-        *(f"model.layers.{i}.{name}.weight" for i in (0, 1) for name in BLOCK),
+        *(f"model.layers.0.{name}.weight" for name in BLOCK),
         "lm_head.weight",
     }
     assert all(site.rank == site.in_features for site in plan.sketched)
@@ -44,12 +46,14 @@ def test_full_rank_is_exact(
         assert relative_error(compact[name], gradient) < 1e-4, name
 
 
-@pytest.mark.parametrize("projection", KINDS)
-@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize(
+    ("projection", "recompute"),
+    [*((kind, True) for kind in KINDS), ("countsketch", False), ("tracked", False)],
+)
 def test_gradients_are_g_p_pt(
     make_llama, tokens, gradients_of, expected_gradients, relative_error, projection, recompute
 ):
-    """Loss, biases, norms and embeddings are exact; sketched weights get G P Pᵀ."""
+    """Loss, biases, norms and embeddings are exact; sketched weights of all layers get G P Pᵀ."""
     loss, exact = gradients_of(make_llama(attention_bias=True), tokens)
     backend = compact_backend(
         rank=0.25,
@@ -81,7 +85,7 @@ def test_input_gradients_are_exact(make_llama, tokens, relative_error):
     """∂x of the whole model equals eager's at any rank."""
 
     def input_gradient(backend):
-        model = make_llama()
+        model = make_llama(layers=1)
         x = model.model.embed_tokens(tokens).detach().requires_grad_()
         step = model if backend is None else torch.compile(model, backend=backend)
         step(inputs_embeds=x, labels=tokens).loss.backward()
@@ -89,7 +93,7 @@ def test_input_gradients_are_exact(make_llama, tokens, relative_error):
 
     backend = compact_backend(rank=0.125, **COUNTSKETCH, inner="aot_eager", strict=True)
     assert relative_error(input_gradient(backend), input_gradient(None)) < 1e-5
-    assert len(backend.plans[0].sketched) == 15
+    assert len(backend.plans[0].sketched) == 8
 
 
 def test_mean_over_seeds_approaches_the_gradient():
@@ -158,10 +162,10 @@ def test_never_more_bytes(
     make_llama, tokens, gradients_of, expected_gradients, relative_error, rank, recompute
 ):
     """Also with three ranks on one activation."""
-    _, exact = gradients_of(make_llama(), tokens)
+    _, exact = gradients_of(make_llama(layers=1), tokens)
     settings = {"recompute": recompute, "inner": "aot_eager", "strict": True}
     backend = compact_backend(rank=rank, **COUNTSKETCH, **settings)
-    _, compact = gradients_of(make_llama(), tokens, backend)
+    _, compact = gradients_of(make_llama(layers=1), tokens, backend)
     (plan,) = backend.plans
     assert plan.sketched
     assert plan.account.bytes_after <= plan.account.bytes_before

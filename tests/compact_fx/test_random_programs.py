@@ -975,7 +975,9 @@ def judge(seed: int) -> Verdict:
     return Judge(Writer(seed).write()).judge()
 
 
-@pytest.mark.parametrize("case", range(CASES))
+@pytest.mark.parametrize(
+    "case", [*range(5), *(pytest.param(case, marks=pytest.mark.long) for case in range(5, CASES))]
+)
 def test_random_programs(case):
     """Gradients are eager's or the plan's, and enough of them are sketched to say something."""
     counts, failures = Counter(), []

@@ -1380,7 +1380,9 @@ def run_sequence(settings, seed, counts):
     return None
 
 
-@pytest.mark.parametrize("block", range(6))
+@pytest.mark.parametrize(
+    "block", [*range(4), *(pytest.param(block, marks=pytest.mark.long) for block in (4, 5))]
+)
 def test_random_runs_agree_with_plain_mathematics(block):
     counts = collections.Counter()
     with many_graphs():

@@ -48,7 +48,7 @@ class Block(nn.Module):
 
 
 class Blocks(nn.Module):
-    def __init__(self, run=lambda block, x: block(x), count: int = 3) -> None:
+    def __init__(self, run=lambda block, x: block(x), count: int = 2) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.blocks = nn.ModuleList(Block() for _ in range(count))
@@ -220,13 +220,15 @@ def selective(block, x):
     return checkpoint(block, x, use_reentrant=False, context_fn=contexts)
 
 
-@pytest.mark.parametrize("run", [checkpointed, selective])
-@pytest.mark.parametrize("place", ["auto", "early", "late"])
+@pytest.mark.parametrize(
+    ("run", "place"),
+    [*((checkpointed, place) for place in ("auto", "early", "late")), (selective, "auto")],
+)
 def test_checkpointed_regions(same_gradients, run, place):
     """Inside of the compiled graph: sketches do not keep what is to be recomputed."""
     compact, _ = same_gradients(lambda: Blocks(run), place=place)
     (plan,) = compact.plans
-    assert len(plan.sketched) == 6
+    assert len(plan.sketched) == 4
     if place != "early":
         assert plan.account.bytes_after <= plan.account.bytes_before
 
@@ -244,7 +246,7 @@ def test_checkpoint_around_compiled_blocks(same_gradients):
 
 def test_gradient_checkpointing_of_transformers(same_gradients, make_llama, tokens):
     def make():
-        model = make_llama().train()
+        model = make_llama(layers=1).train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         return model
 
@@ -252,7 +254,7 @@ def test_gradient_checkpointing_of_transformers(same_gradients, make_llama, toke
         step(input_ids=tokens, labels=tokens).loss.backward()
 
     compact, _ = same_gradients(make, train)
-    assert sum(len(plan.sketched) for plan in compact.plans) == 14
+    assert sum(len(plan.sketched) for plan in compact.plans) == 7
 
 
 @pytest.mark.parametrize("budget", [0.3, 0.6])
@@ -325,7 +327,7 @@ def test_adapters_of_peft(same_gradients, make_llama, tokens):
     def make():
         config = peft.LoraConfig(r=48, target_modules=["q_proj", "down_proj"], lora_dropout=0.0)
         torch.manual_seed(0)
-        model = peft.get_peft_model(make_llama(), config)
+        model = peft.get_peft_model(make_llama(layers=1), config)
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(weight, std=0.1)  # zero otherwise, and lora_A's gradient with it
@@ -345,7 +347,7 @@ def test_outputs_that_are_also_kept(same_gradients, make_llama, tokens):
         output = step(input_ids=tokens, labels=tokens, output_hidden_states=True)
         (output.loss + sum(h.pow(2).mean() for h in output.hidden_states)).backward()
 
-    same_gradients(make_llama, train)
+    same_gradients(functools.partial(make_llama, layers=1), train)
 
 
 def test_a_function_that_is_no_module(same_gradients):

@@ -95,31 +95,31 @@ def _ops_of(module: fx.GraphModule) -> Counter:
     return Counter(node.target for node in module.graph.nodes if node.op == "call_function")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def joint_of():
     return _joint_of
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def calls():
     return Calls
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def values_of():
     return _values_of
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def evaluate():
     return _evaluate
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def evaluate_cut():
     return _evaluate_cut
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def ops_of():
     return _ops_of

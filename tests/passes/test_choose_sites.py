@@ -1,5 +1,6 @@
 """The choice alone: which gradients are sketched, at what rank, on which side of the boundary."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -31,13 +32,24 @@ def attention(m, x):
     return x + m.o((scores @ v).transpose(1, 2).flatten(2))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def attention_of(calls):
     def make():
         linear = {name: nn.Linear(64, 64) for name in "qkvo"}
         return calls(attention, norm=nn.LayerNorm(64), **linear)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def traced(joint_of):
+    """The joint graph of what a function makes, traced once: choices do not change it."""
+
+    @functools.cache
+    def trace(make, *shape):
+        return joint_of(make(), batch(*shape))
+
+    return trace
 
 
 def config_of(**settings):
@@ -147,9 +159,9 @@ def test_reasons_of_the_finder_are_kept(joint_of, calls):
     assert sites["fc.weight"].placement is not None
 
 
-def test_every_rank_of_a_mapping_goes_to_its_weights(joint_of):
+def test_every_rank_of_a_mapping_goes_to_its_weights(traced):
     config = config_of(rank={"1.*": 8, "*": 0.5})
-    sites = sites_of(choose_sites(joint_of(mlp(), batch()), config))
+    sites = sites_of(choose_sites(traced(mlp), config))
     assert (sites["1.weight"].rank, sites["3.weight"].rank) == (8, 32)
 
 
@@ -170,8 +182,8 @@ def test_projections_are_of_the_kind_and_of_the_activations_dtype(joint_of, call
 # ---------------------------------------------------------------------------------------------
 
 
-def test_query_key_and_value_share_one_sketch(joint_of, attention_of):
-    plan = choose_sites(joint_of(attention_of(), batch()), config_of())
+def test_query_key_and_value_share_one_sketch(traced, attention_of):
+    plan = choose_sites(traced(attention_of), config_of())
     sites = sites_of(plan)
     shared = [sites[f"{name}.weight"] for name in "qkv"]
     assert len({site.sketch for site in shared}) == len({site.projection for site in shared}) == 1
@@ -181,9 +193,9 @@ def test_query_key_and_value_share_one_sketch(joint_of, attention_of):
     assert set(plan.projection_inputs[shared[0].projection].owners) == {s.index for s in shared}
 
 
-def test_different_ranks_on_one_activation_are_different_sketches(joint_of, attention_of):
+def test_different_ranks_on_one_activation_are_different_sketches(traced, attention_of):
     config = config_of(rank={"q*": 8, "*": 16}, place="early")
-    sites = sites_of(choose_sites(joint_of(attention_of(), batch()), config))
+    sites = sites_of(choose_sites(traced(attention_of), config))
     assert sites["q.weight"].sketch != sites["k.weight"].sketch
     assert sites["k.weight"].sketch == sites["v.weight"].sketch
     assert (sites["q.weight"].rank, sites["k.weight"].rank) == (8, 16)
@@ -199,16 +211,16 @@ def test_a_weight_used_twice_has_two_sketches_of_one_projection(joint_of, calls)
     assert len(plan.projections) == 1
 
 
-def test_weights_that_share_nothing_have_their_own_projections(joint_of):
-    plan = choose_sites(joint_of(mlp(), batch()), config_of())
+def test_weights_that_share_nothing_have_their_own_projections(traced):
+    plan = choose_sites(traced(mlp), config_of())
     assert {projection.salt for projection in plan.projections} == {
         salt_of("1.weight"),
         salt_of("3.weight"),
     }
 
 
-def test_sketching_one_weight_less_does_not_change_the_other_projections(joint_of):
-    joint = joint_of(mlp(), batch())
+def test_sketching_one_weight_less_does_not_change_the_other_projections(traced):
+    joint = traced(mlp)
     both = choose_sites(joint, config_of()).projections
     assert choose_sites(joint, config_of(exclude=("1.*",))).projections == both[1:]
 
@@ -242,26 +254,26 @@ def test_an_activation_that_something_else_keeps_is_sketched_late(joint_of, call
 
 
 @pytest.mark.parametrize("place", ["early", "late"])
-def test_a_place_that_is_asked_for_is_taken(joint_of, attention_of, place):
-    plan = choose_sites(joint_of(attention_of(), batch()), config_of(place=place))
+def test_a_place_that_is_asked_for_is_taken(traced, attention_of, place):
+    plan = choose_sites(traced(attention_of), config_of(place=place))
     assert len(plan.sketched) == 4
     assert {site.placement for site in plan.sketched} == {place}
 
 
-def test_early_sketches_cross(joint_of):
-    plan = choose_sites(joint_of(mlp(), batch()), config_of(place="early"))
+def test_early_sketches_cross(traced):
+    plan = choose_sites(traced(mlp), config_of(place="early"))
     assert {site.placement for site in plan.sites} == {"early"}
     assert [cost.bytes_after for cost in plan.account.sites] == [128 * 16 * 4] * 2
 
 
-def test_early_sketches_cross_where_nothing_is_rebuilt(joint_of):
+def test_early_sketches_cross_where_nothing_is_rebuilt(traced):
     config = config_of(place="early", recompute=False)
-    plan = choose_sites(joint_of(mlp(), batch()), config)
+    plan = choose_sites(traced(mlp), config)
     assert [cost.bytes_after for cost in plan.account.sites] == [128 * 16 * 4] * 2
 
 
-def test_sites_on_one_activation_have_one_placement_and_count_it_once(joint_of, attention_of):
-    plan = choose_sites(joint_of(attention_of(), batch()), config_of())
+def test_sites_on_one_activation_have_one_placement_and_count_it_once(traced, attention_of):
+    plan = choose_sites(traced(attention_of), config_of())
     sites = [sites_of(plan)[f"{name}.weight"] for name in "qkv"]
     assert len({site.placement for site in sites}) == 1
     assert sum(plan.cost_of(site).bytes_before > 0 for site in sites) <= 1
@@ -281,10 +293,11 @@ RANKS = [
     {"k*": 0.75},
     {"norm*": 4},
 ]
+SOME_RANKS = [0.25, 64, {"q*": 63, "k*": 62, "v*": 61, "o*": 60}, {"k*": 0.75}]
 
 
-def test_bytes_never_grow_on_attention(joint_of, attention_of):
-    joint = joint_of(attention_of(), batch())
+def test_bytes_never_grow_on_attention(traced, attention_of):
+    joint = traced(attention_of)
     before = partition(joint.copy(), recompute=False).saved
     for rank in RANKS:
         plan = choose_sites(joint, config_of(rank=rank))
@@ -299,12 +312,12 @@ def test_bytes_never_grow_on_shared_inputs(joint_of, calls, recompute):
         return m.o(torch.tanh(m.q(h) * m.k(h)) + m.v(x)), h.sum(-1)
 
     joint = joint_of(calls(forward, **{name: nn.Linear(64, 64) for name in "qkvo"}), batch())
-    for rank in RANKS:
+    for rank in SOME_RANKS:
         plan = choose_sites(joint, config_of(rank=rank, recompute=recompute))
         assert plan.account.bytes_after <= plan.account.bytes_before, rank
 
 
-def test_nothing_is_sketched_where_that_keeps_more(joint_of, monkeypatch):
+def test_nothing_is_sketched_where_that_keeps_more(traced, monkeypatch):
     def costly(joint, *, recompute, early=()):
         cut = partition(joint, recompute=recompute, early=early)
         if not joint.added:
@@ -314,7 +327,7 @@ def test_nothing_is_sketched_where_that_keeps_more(joint_of, monkeypatch):
         return cut
 
     monkeypatch.setattr("compact_fx.passes.apply_plan.partition", costly)
-    plan = choose_sites(joint_of(mlp(), batch()), config_of())
+    plan = choose_sites(traced(mlp), config_of())
     assert plan.sketched == plan.projections == plan.inputs == ()
     assert plan.account.saved_after == plan.account.saved_before
     for site in plan.sites:
@@ -323,22 +336,22 @@ def test_nothing_is_sketched_where_that_keeps_more(joint_of, monkeypatch):
         assert plan.cost_of(site).flops_after == plan.cost_of(site).flops_before
 
 
-def test_a_short_sequence_of_wide_sketches_does_not_grow(joint_of, attention_of):
-    plan = choose_sites(joint_of(attention_of(), batch(1, 2, 64)), config_of(rank=63))
+def test_a_short_sequence_of_wide_sketches_does_not_grow(traced, attention_of):
+    plan = choose_sites(traced(attention_of, 1, 2, 64), config_of(rank=63))
     assert plan.account.bytes_after <= plan.account.bytes_before
 
 
-def test_sketching_saves_floating_point_operations(joint_of, attention_of):
-    plan = choose_sites(joint_of(attention_of(), batch(8, 64, 64)), config_of(rank=8))
+def test_sketching_saves_floating_point_operations(traced, attention_of):
+    plan = choose_sites(traced(attention_of, 8, 64, 64), config_of(rank=8))
     assert len(plan.sketched) == 4
     for site in plan.sketched:
         assert plan.cost_of(site).flops_before == 2 * 512 * 64 * 64
         assert 0 < plan.cost_of(site).flops_after < plan.cost_of(site).flops_before / 2
 
 
-def test_a_shared_sketch_is_cheaper_than_its_own(joint_of, attention_of):
+def test_a_shared_sketch_is_cheaper_than_its_own(traced, attention_of):
     config = config_of(projection="gaussian")
-    plan = choose_sites(joint_of(attention_of(), batch()), config)
+    plan = choose_sites(traced(attention_of), config)
     sites = sites_of(plan)
     t, n, r, m = 128, 64, 16, 64
     assert plan.cost_of(sites["o.weight"]).flops_after == 2 * (t * n * r + t * r * m + n * r * m)
@@ -348,8 +361,8 @@ def test_a_shared_sketch_is_cheaper_than_its_own(joint_of, attention_of):
     )
 
 
-def test_products_with_a_countsketch_take_one_operation_for_each_row(joint_of, attention_of):
-    plan = choose_sites(joint_of(attention_of(), batch()), config_of())
+def test_products_with_a_countsketch_take_one_operation_for_each_row(traced, attention_of):
+    plan = choose_sites(traced(attention_of), config_of())
     sites = sites_of(plan)
     t, n, r, m = 128, 64, 16, 64
     assert plan.cost_of(sites["o.weight"]).flops_after == 2 * (t * n + t * r * m + n * m)
@@ -369,8 +382,8 @@ def narrowing():
     return nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 32))
 
 
-def test_a_weight_that_narrows_is_sketched_on_its_output_side(joint_of):
-    plan = choose_sites(joint_of(narrowing(), batch(2, 512, 64)), tracked())
+def test_a_weight_that_narrows_is_sketched_on_its_output_side(traced):
+    plan = choose_sites(traced(narrowing, 2, 512, 64), tracked())
     sites = sites_of(plan)
     up, down = sites["0.weight"], sites["2.weight"]
     assert (up.side, up.features, up.rank) == ("input", 64, 16)
@@ -379,8 +392,8 @@ def test_a_weight_that_narrows_is_sketched_on_its_output_side(joint_of):
     assert plan.track_every == 8
 
 
-def test_an_activation_that_would_cross_for_the_output_side_is_sketched_on_the_input_side(joint_of):
-    joint = joint_of(narrowing(), batch(2, 512, 64))
+def test_an_activation_that_would_cross_for_the_output_side_is_sketched_on_the_input_side(traced):
+    joint = traced(narrowing, 2, 512, 64)
     site = sites_of(choose_sites(joint, tracked(recompute=False)))["2.weight"]
     assert (site.side, site.rank, site.placement) == ("input", 32, "early")
 
@@ -397,9 +410,9 @@ def test_the_input_side_is_not_taken_where_its_projection_is_larger_than_what_it
     ("settings", "side"),
     [({"rank": 33}, "input"), ({"rank": 32}, "output"), ({"min_features": 33}, "input")],
 )
-def test_the_output_side_needs_room_for_the_rank(joint_of, settings, side):
+def test_the_output_side_needs_room_for_the_rank(traced, settings, side):
     config = tracked(**{"rank": 16, "place": "late"} | settings)
-    plan = choose_sites(joint_of(narrowing(), batch(2, 512, 64)), config)
+    plan = choose_sites(traced(narrowing, 2, 512, 64), config)
     assert sites_of(plan)["2.weight"].side == side
 
 
@@ -411,9 +424,9 @@ def test_the_output_side_needs_room_for_the_rank(joint_of, settings, side):
     ],
 )
 @pytest.mark.parametrize("recompute", [True, False])
-def test_a_factor_keeps_the_dimension_that_is_sharded(joint_of, dimension, side, reason, recompute):
+def test_a_factor_keeps_the_dimension_that_is_sharded(traced, dimension, side, reason, recompute):
     """Also where the other side would keep less (without recomputing)."""
-    joint = joint_of(narrowing(), batch(2, 512, 64))
+    joint = traced(narrowing, 2, 512, 64)
     index = next(i for i, name in joint.weights.items() if name == "2.weight")
     config = tracked(recompute=recompute)
     site = sites_of(choose_sites(replace(joint, shards={index: dimension}), config))["2.weight"]
@@ -423,9 +436,9 @@ def test_a_factor_keeps_the_dimension_that_is_sharded(joint_of, dimension, side,
         assert (site.side, site.reason) == (side, reason)
 
 
-def test_a_weight_whose_factor_cannot_be_sharded_is_left_alone(joint_of):
+def test_a_weight_whose_factor_cannot_be_sharded_is_left_alone(traced):
     """Dimension 1 is what the sketch of a widening layer takes away."""
-    joint = joint_of(narrowing(), batch(2, 512, 64))
+    joint = traced(narrowing, 2, 512, 64)
     shards = dict.fromkeys(joint.weights, 1)
     for config in (tracked(), config_of(gradients="sketched")):
         sites = sites_of(choose_sites(replace(joint, shards=shards), config))
@@ -444,8 +457,8 @@ def test_an_equally_large_side_is_taken_where_it_can_be_sharded(joint_of):
     assert sides == ["input", "output", "input"]
 
 
-def test_random_projections_stay_on_the_input_side(joint_of):
-    plan = choose_sites(joint_of(narrowing(), batch(2, 512, 64)), config_of())
+def test_random_projections_stay_on_the_input_side(traced):
+    plan = choose_sites(traced(narrowing, 2, 512, 64), config_of())
     assert {site.side for site in plan.sites} == {"input"}
 
 
@@ -460,11 +473,11 @@ def test_the_tokens_that_are_tracked_cross_beside_an_early_sketch(joint_of):
     ("gradients", "tokens"), [("dense", 128), ("sketched", 32), ("sketched", 512)]
 )
 def test_no_more_bytes_with_projections_and_what_they_have_seen(
-    joint_of, attention_of, tokens, gradients
+    traced, attention_of, tokens, gradients
 ):
     """P and Y (float32) count against what crosses less, and against gradients that are factors."""
-    joint = joint_of(attention_of(), batch(2, tokens // 2, 64))
-    for rank in RANKS:
+    joint = traced(attention_of, 2, tokens // 2, 64)
+    for rank in SOME_RANKS:
         plan = choose_sites(joint, tracked(rank=rank, gradients=gradients))
         account = plan.account
         held = sum(p.features * p.rank * (4 + 4) for p in plan.projections)
@@ -473,17 +486,17 @@ def test_no_more_bytes_with_projections_and_what_they_have_seen(
         assert account.bytes_after + max(0, held - saved) <= account.bytes_before, rank
 
 
-def test_few_tokens_are_not_worth_a_projection(joint_of, attention_of):
-    joint = joint_of(attention_of(), batch(2, 8, 64))
+def test_few_tokens_are_not_worth_a_projection(traced, attention_of):
+    joint = traced(attention_of, 2, 8, 64)
     plan = choose_sites(joint, tracked())
     assert not plan.sketched
     assert all("bytes more than without" in site.reason for site in plan.sites)
     assert len(choose_sites(joint, tracked(gradients="sketched")).sketched) == 4
 
 
-def test_what_tracking_takes_is_counted(joint_of, attention_of):
+def test_what_tracking_takes_is_counted(traced, attention_of):
     config = tracked(place="late", gradients="sketched")
-    plan = choose_sites(joint_of(attention_of(), batch()), config)
+    plan = choose_sites(traced(attention_of), config)
     t, n, r, m = 128, 64, 16, 64
     (o,) = [plan.cost_of(site) for site in plan.sites if site.weight == "o.weight"]
     assert o.flops_after == 2 * (t * n * r + t * r * m) * 9 // 8
@@ -533,16 +546,16 @@ def test_symbolic_batches_are_sketched(joint_of, dims):
     assert all(type(cost.flops_after) is int for cost in plan.account.sites)
 
 
-def test_parameters_do_not_count_as_kept(joint_of, attention_of):
-    plan = choose_sites(joint_of(attention_of(), batch(1, 3, 64)), config_of())
+def test_parameters_do_not_count_as_kept(traced, attention_of):
+    plan = choose_sites(traced(attention_of, 1, 3, 64), config_of())
     weight = 64 * 64 * 4
     assert all(
         saved.bytes != weight for saved in plan.account.saved_before + plan.account.saved_after
     )
 
 
-def test_where_nothing_is_sketched_the_plan_is_torchs_own(joint_of):
+def test_where_nothing_is_sketched_the_plan_is_torchs_own(traced):
     """What `explain` then shows is the graph as it is compiled: nothing is rebuilt."""
-    plan = choose_sites(joint_of(mlp(), batch()), config_of(exclude=("*",)))
+    plan = choose_sites(traced(mlp), config_of(exclude=("*",)))
     assert not plan.sketched
     assert not plan.recompute

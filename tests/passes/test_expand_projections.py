@@ -27,21 +27,22 @@ def mlp():
     )
 
 
-@pytest.fixture
-def rewritten(joint_of):
-    def make(module, *inputs, **settings):
-        joint = joint_of(module, *inputs)
-        plan = choose_sites(joint, CompactConfig(**DEFAULTS | settings))
-        changed = joint.with_inputs(plan)
-        rewrite_weight_grads(changed, plan)
-        return changed
+@pytest.fixture(scope="module")
+def mlp_joint(joint_of):
+    """Traced once: copies of it are rewritten and expanded."""
+    return joint_of(mlp(), batch())
 
-    return make
+
+def rewritten(joint, **settings):
+    plan = choose_sites(joint, CompactConfig(**DEFAULTS | settings))
+    changed = joint.with_inputs(plan)
+    rewrite_weight_grads(changed, plan)
+    return changed
 
 
 @pytest.mark.parametrize("kind", DRAWN)
-def test_no_projection_is_left(rewritten, ops_of, kind):
-    module = rewritten(mlp(), batch(), projection=kind).module
+def test_no_projection_is_left(mlp_joint, ops_of, kind):
+    module = rewritten(mlp_joint, projection=kind).module
     count = ops_of(module)[RANDOM_PROJECTION]
     assert count == 3
     assert expand_projections(module) == count
@@ -53,8 +54,8 @@ def test_no_projection_is_left(rewritten, ops_of, kind):
 
 @pytest.mark.parametrize("kind", DRAWN)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_values_are_those_of_the_operator(rewritten, values_of, evaluate, kind, seed):
-    joint = rewritten(mlp(), batch(), projection=kind, rank=0.5)
+def test_values_are_those_of_the_operator(mlp_joint, values_of, evaluate, kind, seed):
+    joint = rewritten(mlp_joint, projection=kind, rank=0.5)
     values = values_of(joint, seed)
     expected = evaluate(joint.module, values)
     expand_projections(joint.module)
@@ -63,12 +64,12 @@ def test_values_are_those_of_the_operator(rewritten, values_of, evaluate, kind, 
 
 
 @pytest.mark.parametrize("kind", DRAWN)
-def test_rounded_projections_keep_their_values(rewritten, calls, values_of, evaluate, kind):
+def test_rounded_projections_keep_their_values(joint_of, calls, values_of, evaluate, kind):
     def forward(m, x):
         with torch.autocast("cpu", torch.bfloat16):
             return m.fc(x)
 
-    joint = rewritten(calls(forward, fc=nn.Linear(48, 40)), batch(), projection=kind)
+    joint = rewritten(joint_of(calls(forward, fc=nn.Linear(48, 40)), batch()), projection=kind)
     values = values_of(joint)
     expected = evaluate(joint.module, values)
     expand_projections(joint.module)
@@ -77,9 +78,9 @@ def test_rounded_projections_keep_their_values(rewritten, calls, values_of, eval
 
 
 @pytest.mark.parametrize("gradients", ["dense", "sketched"])
-def test_products_with_a_countsketch_become_gathers(rewritten, ops_of, gradients):
+def test_products_with_a_countsketch_become_gathers(mlp_joint, ops_of, gradients):
     """No matmul with P and no P: what is left are the forward's, ∂x's and the factors'."""
-    module = rewritten(mlp(), batch(), projection="countsketch", gradients=gradients).module
+    module = rewritten(mlp_joint, projection="countsketch", gradients=gradients).module
     before = ops_of(module)
     expand_projections(module)
     after = ops_of(module)
@@ -91,7 +92,7 @@ def test_products_with_a_countsketch_become_gathers(rewritten, ops_of, gradients
 
 
 def test_batched_products_with_a_countsketch_become_gathers(
-    rewritten, calls, ops_of, values_of, evaluate
+    joint_of, calls, ops_of, values_of, evaluate
 ):
     """Of experts, which share P, with in_features first and last."""
     module = calls(
@@ -99,7 +100,7 @@ def test_batched_products_with_a_countsketch_become_gathers(
         w=nn.Parameter(torch.randn(2, 48, 40)),
         v=nn.Parameter(torch.randn(2, 48, 40)),
     )
-    joint = rewritten(module, batch(), projection="countsketch", rank=8, place="late")
+    joint = rewritten(joint_of(module, batch()), projection="countsketch", rank=8, place="late")
     values = values_of(joint)
     expected = evaluate(joint.module, values)
     products = ops_of(joint.module)[aten.bmm.default]
@@ -109,17 +110,17 @@ def test_batched_products_with_a_countsketch_become_gathers(
     torch.testing.assert_close(evaluate(joint.module, values), expected)
 
 
-def test_thin_countsketches_stay_matmuls(rewritten, ops_of):
+def test_thin_countsketches_stay_matmuls(mlp_joint, ops_of):
     """One column in 24."""
-    module = rewritten(mlp(), batch(), projection="countsketch", rank=2).module
+    module = rewritten(mlp_joint, projection="countsketch", rank=2).module
     matmuls = ops_of(module)[aten.mm.default]
     expand_projections(module)
     assert ops_of(module)[aten.mm.default] == matmuls
     assert ops_of(module)[aten._unsafe_index.Tensor] == 0
 
 
-def test_both_sides_are_expanded_alike(rewritten, values_of, evaluate_cut, ops_of):
-    joint = rewritten(mlp(), batch(), place="early", recompute=False)
+def test_both_sides_are_expanded_alike(mlp_joint, values_of, evaluate_cut, ops_of):
+    joint = rewritten(mlp_joint, place="early", recompute=False)
     values = values_of(joint)
     cut = partition(joint, recompute=False)
     expected = evaluate_cut(cut, joint.num_fwd_outputs, values)
@@ -136,7 +137,7 @@ def test_a_graph_without_projections_stays_as_it_is(joint_of):
     assert [(node.name, node.target) for node in module.graph.nodes] == nodes
 
 
-def test_every_new_node_has_a_value(rewritten):
-    module = rewritten(mlp(), batch()).module
+def test_every_new_node_has_a_value(mlp_joint):
+    module = rewritten(mlp_joint).module
     expand_projections(module)
     assert all("val" in node.meta for node in module.graph.nodes if node.op != "output")

@@ -29,28 +29,20 @@ def attention(m, x):
     return x + m.o(F.gelu((q @ k.transpose(-1, -2)).softmax(-1) @ v))
 
 
-@pytest.fixture
-def attention_of(calls):
-    def make():
-        linear = {name: nn.Linear(64, 64) for name in "qkvo"}
-        return calls(attention, norm=nn.LayerNorm(64), **linear)
-
-    return make
+@pytest.fixture(scope="module")
+def attention_joint(calls, joint_of):
+    """Traced once: copies of it are rewritten and cut."""
+    linear = {name: nn.Linear(64, 64) for name in "qkvo"}
+    return joint_of(calls(attention, norm=nn.LayerNorm(64), **linear), batch())
 
 
-@pytest.fixture
-def cut_of(joint_of):
+def cut_of(joint, **settings):
     """The rewritten joint graph, its plan, and its cut."""
-
-    def make(module, *inputs, **settings):
-        config = CompactConfig(**DEFAULTS | settings)
-        joint = joint_of(module, *inputs)
-        plan = choose_sites(joint, config)
-        changed = joint.with_inputs(plan)
-        rewrite_weight_grads(changed, plan)
-        return changed, plan, partition(changed.copy(), recompute=config.recompute)
-
-    return make
+    config = CompactConfig(**DEFAULTS | settings)
+    plan = choose_sites(joint, config)
+    changed = joint.with_inputs(plan)
+    rewrite_weight_grads(changed, plan)
+    return changed, plan, partition(changed.copy(), recompute=config.recompute)
 
 
 def saved_shapes(saved):
@@ -62,9 +54,9 @@ def saved_shapes(saved):
     "settings", [{}, {"place": "early"}, {"place": "late"}, {"exclude": ("*",)}]
 )
 def test_both_sides_compute_what_the_joint_graph_does(
-    cut_of, attention_of, values_of, evaluate, evaluate_cut, recompute, settings
+    attention_joint, values_of, evaluate, evaluate_cut, recompute, settings
 ):
-    joint, plan, cut = cut_of(attention_of(), batch(), recompute=recompute, **settings)
+    joint, plan, cut = cut_of(attention_joint, recompute=recompute, **settings)
     assert len(plan.sketched) == (0 if "exclude" in settings else 4)
     values = values_of(joint)
     expected = evaluate(joint.module, values)
@@ -75,8 +67,8 @@ def test_both_sides_compute_what_the_joint_graph_does(
 
 @pytest.mark.parametrize("place", ["auto", "early", "late"])
 @pytest.mark.parametrize("rank", [1, 16, 64])
-def test_projections_never_cross(cut_of, attention_of, ops_of, place, rank):
-    _, _, cut = cut_of(attention_of(), batch(), place=place, rank=rank)
+def test_projections_never_cross(attention_joint, ops_of, place, rank):
+    _, _, cut = cut_of(attention_joint, place=place, rank=rank)
     shapes = {item.shape for item in cut.saved}
     assert not {item.op for item in cut.saved} & {str(RANDOM_PROJECTION)}
     assert str((64, rank)) not in shapes
@@ -84,9 +76,9 @@ def test_projections_never_cross(cut_of, attention_of, ops_of, place, rank):
     assert ops_of(cut.backward)[RANDOM_PROJECTION] == 2
 
 
-def test_an_early_sketch_crosses_in_place_of_its_activation(joint_of, cut_of):
+def test_an_early_sketch_crosses_in_place_of_its_activation(joint_of):
     untouched = partition(joint_of(nn.Linear(64, 48), batch()), recompute=False)
-    joint, _, cut = cut_of(nn.Linear(64, 48), batch(), rank=16)
+    joint, _, cut = cut_of(joint_of(nn.Linear(64, 48), batch()), rank=16)
     assert saved_shapes(untouched.saved) == [str((TOKENS, 64))]
     assert saved_shapes(cut.saved) == [str((TOKENS, 16))]
     assert [item.op for item in cut.saved] == ["mm.default"]
@@ -94,8 +86,8 @@ def test_an_early_sketch_crosses_in_place_of_its_activation(joint_of, cut_of):
 
 
 @pytest.mark.parametrize(("place", "drawn"), [("early", 1), ("late", 0)])
-def test_late_sketches_are_made_in_the_backward_graph(cut_of, ops_of, place, drawn):
-    _, _, cut = cut_of(nn.Linear(64, 48), batch(), place=place)
+def test_late_sketches_are_made_in_the_backward_graph(joint_of, ops_of, place, drawn):
+    _, _, cut = cut_of(joint_of(nn.Linear(64, 48), batch()), place=place)
     crosses = (TOKENS, 16) if place == "early" else (TOKENS, 64)
     assert ops_of(cut.forward)[RANDOM_PROJECTION] == drawn
     assert ops_of(cut.backward)[RANDOM_PROJECTION] == 1
@@ -103,19 +95,19 @@ def test_late_sketches_are_made_in_the_backward_graph(cut_of, ops_of, place, dra
     assert saved.bytes == crosses[0] * crosses[1] * 4
 
 
-def test_one_sketch_crosses_for_all_that_share_it(cut_of, attention_of):
-    _, _, cut = cut_of(attention_of(), batch(), rank=16, place="early", recompute=False)
+def test_one_sketch_crosses_for_all_that_share_it(attention_joint):
+    _, _, cut = cut_of(attention_joint, rank=16, place="early", recompute=False)
     assert saved_shapes(cut.saved).count(str((TOKENS, 16))) == 2  # of q, k and v, and of o
 
 
-def test_the_plan_says_what_crosses(cut_of, attention_of):
-    _, plan, cut = cut_of(attention_of(), batch())
+def test_the_plan_says_what_crosses(attention_joint):
+    _, plan, cut = cut_of(attention_joint)
     assert plan.account.saved_after == cut.saved
     assert plan.account.bytes_after == cut.bytes < plan.account.bytes_before
 
 
-def test_parameters_their_views_and_keys_are_not_counted(cut_of, attention_of):
-    joint, _, cut = cut_of(attention_of(), batch())
+def test_parameters_their_views_and_keys_are_not_counted(attention_joint):
+    joint, _, cut = cut_of(attention_joint)
     lasting = {storage_of(node) for node in joint.weight_inputs().values()}
     lasting |= {storage_of(joint.inputs()[index]) for index in joint.added}
     assert not lasting & cut.storages
@@ -149,11 +141,11 @@ def test_views_of_one_storage_count_once(joint_of, calls):
 
 
 @pytest.mark.parametrize("dims", [(0,), (0, 1)])
-def test_symbolic_sizes_count_with_their_hints(cut_of, dims):
+def test_symbolic_sizes_count_with_their_hints(joint_of, dims):
     x = torch.randn(6, 9, 64)
     for dim in dims:
         torch._dynamo.mark_dynamic(x, dim)
-    _, plan, cut = cut_of(nn.Linear(64, 48), x, rank=16)
+    _, plan, cut = cut_of(joint_of(nn.Linear(64, 48), x), rank=16)
     (saved,) = cut.saved
     assert saved.bytes == 6 * 9 * 16 * 4
     assert type(saved.bytes) is int
@@ -161,8 +153,8 @@ def test_symbolic_sizes_count_with_their_hints(cut_of, dims):
     assert plan.account.bytes_before == 6 * 9 * 64 * 4
 
 
-def test_recomputing_keeps_no_more(joint_of, attention_of):
-    joint = joint_of(attention_of(), batch())
+def test_recomputing_keeps_no_more(joint_of, attention_joint):
+    joint = attention_joint
     kept = [partition(joint.copy(), recompute=recompute).bytes for recompute in (True, False)]
     assert kept[0] <= kept[1]
     mlp = nn.Sequential(nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 64))

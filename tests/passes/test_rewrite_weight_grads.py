@@ -1,5 +1,6 @@
 """The rewriting alone: what is put into the joint graph, and what it leaves as it was."""
 
+import functools
 import math
 from dataclasses import replace
 
@@ -29,17 +30,22 @@ def batch(*shape):
     return torch.randn(shape or (2, 16, 64))
 
 
-@pytest.fixture
-def rewritten(joint_of):
+def rewritten(joint, **settings):
     """The joint graph, the plan, the rewritten graph and its sketches."""
+    plan = choose_sites(joint, CompactConfig(**DEFAULTS | settings))
+    changed = joint.with_inputs(plan)
+    return joint, plan, changed, rewrite_weight_grads(changed, plan)
 
-    def make(module, *inputs, **settings):
-        joint = joint_of(module, *inputs)
-        plan = choose_sites(joint, CompactConfig(**DEFAULTS | settings))
-        changed = joint.with_inputs(plan)
-        return joint, plan, changed, rewrite_weight_grads(changed, plan)
 
-    return make
+@pytest.fixture(scope="module")
+def traced(joint_of, calls):
+    """The joint graph of one of `layers`, traced once: a copy of it is rewritten."""
+
+    @functools.cache
+    def trace(case, *shape):
+        return joint_of(layers(calls)[case], batch(*shape))
+
+    return trace
 
 
 def layers(calls):
@@ -93,8 +99,8 @@ CASES = ["linear", "conv1d", "twice", "qkv", "autocast", *EXPERTS]
     ("case", "sites", "sketches", "projections"),
     [("linear", 1, 1, 1), ("conv1d", 1, 1, 1), ("twice", 2, 2, 2), ("qkv", 3, 1, 1)],
 )
-def test_operators_before_and_after(rewritten, calls, ops_of, case, sites, sketches, projections):
-    joint, plan, changed, found = rewritten(layers(calls)[case], batch(), rank=16)
+def test_operators_before_and_after(traced, ops_of, case, sites, sketches, projections):
+    joint, plan, changed, found = rewritten(traced(case), rank=16)
     before, after = ops_of(joint.module), ops_of(changed.module)
     assert len(plan.sketched) == sites
     assert len(found) == sketches
@@ -105,8 +111,8 @@ def test_operators_before_and_after(rewritten, calls, ops_of, case, sites, sketc
     changed.module.graph.lint()
 
 
-def test_the_plan_of_nothing_changes_nothing(rewritten, calls, ops_of):
-    joint, plan, changed, found = rewritten(layers(calls)["qkv"], batch(), exclude=("*",))
+def test_the_plan_of_nothing_changes_nothing(traced, ops_of):
+    joint, plan, changed, found = rewritten(traced("qkv"), exclude=("*",))
     assert plan.sketched == ()
     assert found == {}
     assert (
@@ -115,8 +121,8 @@ def test_the_plan_of_nothing_changes_nothing(rewritten, calls, ops_of):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_shapes_and_dtypes_stay(rewritten, calls, case):
-    joint, _, changed, found = rewritten(layers(calls)[case], batch(), rank=16)
+def test_shapes_and_dtypes_stay(traced, case):
+    joint, _, changed, found = rewritten(traced(case), rank=16)
 
     def outputs(graph):
         nodes = graph.module.graph.output_node().args[0]
@@ -129,8 +135,8 @@ def test_shapes_and_dtypes_stay(rewritten, calls, case):
 
 
 @pytest.mark.parametrize("place", ["early", "late"])
-def test_only_late_sketches_are_marked_and_projections_always(rewritten, calls, place):
-    _, _, changed, found = rewritten(layers(calls)["qkv"], batch(), place=place)
+def test_only_late_sketches_are_marked_and_projections_always(traced, place):
+    _, _, changed, found = rewritten(traced("qkv"), place=place)
     drawn = changed.module.graph.find_nodes(op="call_function", target=RANDOM_PROJECTION)
     assert {node.meta["recompute"] for node in drawn} == {CheckpointPolicy.MUST_RECOMPUTE}
     marks = {node.meta.get("recompute") for (node,) in found.values()}
@@ -144,9 +150,9 @@ def test_only_late_sketches_are_marked_and_projections_always(rewritten, calls, 
 
 @pytest.mark.parametrize("projection", ["countsketch", "tracked"])
 @pytest.mark.parametrize("case", CASES)
-def test_only_planned_gradients_change(rewritten, calls, values_of, evaluate, case, projection):
+def test_only_planned_gradients_change(traced, values_of, evaluate, case, projection):
     settings = {"rank": 16, "projection": projection, "place": "late"}
-    joint, plan, changed, _ = rewritten(layers(calls)[case], batch(), **settings)
+    joint, plan, changed, _ = rewritten(traced(case), **settings)
     values = values_of(changed)
     old, new = evaluate(joint.module, values), evaluate(changed.module, values)
     outputs = list(joint.module.graph.output_node().args[0])
@@ -161,9 +167,9 @@ def test_only_planned_gradients_change(rewritten, calls, values_of, evaluate, ca
 
 @pytest.mark.parametrize("projection", ["orthogonal", "tracked"])
 @pytest.mark.parametrize("case", CASES)
-def test_orthogonal_at_full_rank_is_exact(rewritten, calls, values_of, evaluate, case, projection):
+def test_orthogonal_at_full_rank_is_exact(traced, values_of, evaluate, case, projection):
     settings = {"rank": 1.0, "projection": projection, "place": "late"}
-    joint, plan, changed, _ = rewritten(layers(calls)[case], batch(), **settings)
+    joint, plan, changed, _ = rewritten(traced(case), **settings)
     values = values_of(changed)
     is_left_alone = (case, projection) == ("grouped in float32", "tracked")
     assert len(plan.sketched) == len(plan.sites) * (not is_left_alone)
@@ -175,8 +181,8 @@ def test_orthogonal_at_full_rank_is_exact(rewritten, calls, values_of, evaluate,
 
 
 @pytest.mark.parametrize("case", EXPERTS)
-def test_experts_share_a_projection_and_keep_their_matmul(rewritten, calls, ops_of, case):
-    joint, plan, changed, found = rewritten(layers(calls)[case], batch(), rank=16)
+def test_experts_share_a_projection_and_keep_their_matmul(traced, ops_of, case):
+    joint, plan, changed, found = rewritten(traced(case), rank=16)
     (matmul,) = {use.matmul.target for grad in find_weight_grads(joint) for use in grad.uses}
     sites = len(plan.sketched)
     assert sites == len(found) == ops_of(changed.module)[RANDOM_PROJECTION]
@@ -187,15 +193,15 @@ def test_experts_share_a_projection_and_keep_their_matmul(rewritten, calls, ops_
     assert all(16 in node.meta["val"].shape for node in factors)
 
 
-def test_a_rank_that_rows_of_a_grouped_matmul_cannot_have_is_left_alone(joint_of, calls):
-    joint = joint_of(layers(calls)["grouped"], batch())
+def test_a_rank_that_rows_of_a_grouped_matmul_cannot_have_is_left_alone(traced):
+    joint = traced("grouped")
     (site,) = choose_sites(joint, CompactConfig(**DEFAULTS, rank=12)).sites
     assert site.reason == "rank 12 is not a multiple of 8 in a grouped matmul"
 
 
 @pytest.mark.parametrize("layer", ["linear", "conv1d", "experts", "einsum", "grouped in float32"])
-def test_the_gradient_is_that_of_the_formula(rewritten, calls, values_of, evaluate, layer):
-    joint, plan, changed, _ = rewritten(layers(calls)[layer], batch(), rank=16)
+def test_the_gradient_is_that_of_the_formula(traced, values_of, evaluate, layer):
+    joint, plan, changed, _ = rewritten(traced(layer), rank=16)
     values = values_of(changed)
     site, dense = plan.sites[0], find_weight_grads(joint)[0]
     projection = plan.projections[0]
@@ -211,10 +217,8 @@ def test_the_gradient_is_that_of_the_formula(rewritten, calls, values_of, evalua
 
 
 @pytest.mark.parametrize("case", ["linear", "conv1d", "twice", "qkv", "experts"])
-def test_the_mean_over_keys_is_the_gradient(rewritten, calls, values_of, evaluate, case):
-    joint, plan, changed, _ = rewritten(
-        layers(calls)[case], batch(2, 8, 64), rank=32, projection="rademacher"
-    )
+def test_the_mean_over_keys_is_the_gradient(traced, values_of, evaluate, case):
+    joint, plan, changed, _ = rewritten(traced(case, 2, 8, 64), rank=32, projection="rademacher")
     exact = evaluate(joint.module, values_of(joint))
     outputs = list(joint.module.graph.output_node().args[0])
     position = outputs.index(joint.gradients()[plan.sites[0].index])
@@ -292,11 +296,9 @@ def direction_of(use, env, p, step):
 
 @pytest.mark.parametrize("place", ["early", "late"])
 @pytest.mark.parametrize("case", SIDES)
-def test_a_tracked_projection_hears_where_the_gradient_is(
-    rewritten, calls, values_of, evaluate, case, place
-):
+def test_a_tracked_projection_hears_where_the_gradient_is(traced, values_of, evaluate, case, place):
     settings = {"rank": 16, "projection": "tracked", "track_every": 3, "place": place}
-    joint, plan, changed, _ = rewritten(layers(calls)[case], batch(), **settings)
+    joint, plan, changed, _ = rewritten(traced(case), **settings)
     assert {site.side for site in plan.sketched} == ({"input"} if place == "early" else SIDES[case])
     values = values_of(changed)
     env = operands_of(joint, values)
@@ -316,9 +318,9 @@ def test_a_tracked_projection_hears_where_the_gradient_is(
         torch.testing.assert_close(got.float(), direction, rtol=rtol, atol=atol)
 
 
-def test_what_is_not_finite_says_nothing_of_where_to_go(rewritten, values_of, evaluate):
+def test_what_is_not_finite_says_nothing_of_where_to_go(joint_of, values_of, evaluate):
     settings = {"rank": 16, "projection": "tracked", "place": "late"}
-    _, _, changed, _ = rewritten(nn.Linear(64, 48), batch(), **settings)
+    _, _, changed, _ = rewritten(joint_of(nn.Linear(64, 48), batch()), **settings)
     values = values_of(changed)
     tangent = next(name for name in values if "tangents" in name)
     for value in (math.inf, math.nan, 0.0):
@@ -328,10 +330,10 @@ def test_what_is_not_finite_says_nothing_of_where_to_go(rewritten, values_of, ev
 
 
 def test_the_size_of_a_loss_does_not_matter_to_where_a_projection_goes(
-    rewritten, values_of, evaluate
+    joint_of, values_of, evaluate
 ):
     settings = {"rank": 16, "projection": "tracked", "place": "late"}
-    _, _, changed, _ = rewritten(nn.Linear(64, 48), batch(), **settings)
+    _, _, changed, _ = rewritten(joint_of(nn.Linear(64, 48), batch()), **settings)
     values = values_of(changed)
     tangent = next(name for name in values if "tangents" in name)
     position = changed.gradient_positions()[min(changed.added)]
@@ -342,15 +344,15 @@ def test_the_size_of_a_loss_does_not_matter_to_where_a_projection_goes(
     torch.testing.assert_close(scaled, one * 2.0**16)
 
 
-def test_grouped_products_without_a_kernel_are_not_tracked(joint_of, calls):
-    joint = joint_of(layers(calls)["grouped in float32"], batch())
+def test_grouped_products_without_a_kernel_are_not_tracked(traced):
+    joint = traced("grouped in float32")
     (site,) = choose_sites(joint, CompactConfig(gradients="dense", projection="tracked")).sites
     assert site.reason == "a grouped matmul of this dtype is not tracked"
 
 
-def test_early_tracked_tokens_have_memory_of_their_own(rewritten, calls):
+def test_early_tracked_tokens_have_memory_of_their_own(traced):
     settings = {"rank": 16, "projection": "tracked", "place": "early", "track_every": 8}
-    *_, found = rewritten(layers(calls)["qkv"], batch(), **settings)
+    *_, found = rewritten(traced("qkv"), **settings)
     ((sketch, seen),) = found.values()
     assert seen.meta["val"].shape == (4, 64)
     assert seen.meta["val"].untyped_storage().nbytes() == 4 * 64 * 4
@@ -373,17 +375,17 @@ def test_a_site_that_is_not_there_cannot_be_compacted(joint_of, change):
         rewrite_weight_grads(joint.with_inputs(plan), wrong)
 
 
-def test_a_copy_is_rewritten_and_the_original_stays(rewritten, calls, ops_of):
-    joint, _, changed, _ = rewritten(layers(calls)["qkv"], batch())
+def test_a_copy_is_rewritten_and_the_original_stays(traced, ops_of):
+    joint, _, changed, _ = rewritten(traced("qkv"))
     assert ops_of(joint.module)[RANDOM_PROJECTION] == 0
     assert len(joint.inputs()) + 1 == len(changed.inputs())
     assert ops_of(changed.module)[RANDOM_PROJECTION] == 1
 
 
 @pytest.mark.parametrize("layer", [lambda: nn.Linear(64, 48), lambda: Conv1D(48, 64)])
-def test_an_activation_that_is_an_input_is_rewritten(rewritten, values_of, evaluate, layer):
+def test_an_activation_that_is_an_input_is_rewritten(joint_of, values_of, evaluate, layer):
     settings = {"rank": 64, "projection": "orthogonal", "place": "early"}
-    joint, plan, changed, _ = rewritten(layer(), batch(32, 64), **settings)
+    joint, plan, changed, _ = rewritten(joint_of(layer(), batch(32, 64)), **settings)
     assert len(plan.sketched) == 1
     changed.module.graph.lint()
     values = values_of(changed)
@@ -391,26 +393,26 @@ def test_an_activation_that_is_an_input_is_rewritten(rewritten, values_of, evalu
         assert a is b is None or torch.allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_a_key_of_the_graph_is_that_of_the_seed(rewritten, values_of, evaluate):
+def test_a_key_of_the_graph_is_that_of_the_seed(joint_of, values_of, evaluate):
     """The projection in the graph is the one that `random_projection` gives outside."""
-    _, _, changed, _ = rewritten(nn.Linear(64, 48), batch(), rank=8)
+    _, _, changed, _ = rewritten(joint_of(nn.Linear(64, 48), batch()), rank=8)
     (node,) = changed.module.graph.find_nodes(op="call_function", target=RANDOM_PROJECTION)
     given = source(torch.tensor(fold_in(3, 4, 5)), *node.args[1:4])
     drawn = node.target(given, *node.args[1:])
     assert torch.equal(drawn, random_projection(3, 64, 8, salt=4, generation=5))
 
 
-def test_a_frozen_neighbour_stays_as_it_is(rewritten, calls, ops_of):
+def test_a_frozen_neighbour_stays_as_it_is(joint_of, calls, ops_of):
     frozen = nn.Parameter(torch.randn(64, 64), requires_grad=False)
     module = calls(lambda m, x: m.fc(F.linear(x, m.w).tanh()), w=frozen, fc=nn.Linear(64, 64))
-    _, plan, changed, found = rewritten(module, batch())
+    _, plan, changed, found = rewritten(joint_of(module, batch()))
     assert [site.weight for site in plan.sketched] == ["fc.weight"]
     assert len(found) == ops_of(changed.module)[RANDOM_PROJECTION] == 1
 
 
 @pytest.mark.parametrize("conv1d", [False, True])
 def test_the_first_activation_of_a_backward_is_let_go_before_its_gradient_is_made(
-    rewritten, calls, ops_of, values_of, evaluate, conv1d
+    joint_of, calls, ops_of, values_of, evaluate, conv1d
 ):
     def down():
         return Conv1D(64, 96) if conv1d else nn.Linear(96, 64, bias=False)
@@ -423,7 +425,7 @@ def test_the_first_activation_of_a_backward_is_let_go_before_its_gradient_is_mad
         second=down(),
     )
     settings = {"gradients": "sketched", "projection": "tracked", "rank": 16, "place": "late"}
-    joint, plan, changed, _ = rewritten(mlps, batch(8, 16, 64), **settings)
+    joint, plan, changed, _ = rewritten(joint_of(mlps, batch(8, 16, 64)), **settings)
     assert [site.side for site in plan.sketched].count("output") == 2
     nodes = list(changed.module.graph.nodes)
     waiting = [node for node in nodes if node.kwargs.get("beta") == 0]
@@ -441,7 +443,7 @@ def test_the_first_activation_of_a_backward_is_let_go_before_its_gradient_is_mad
         gradient = gradient.args[0]
     assert gradient is factor
     # The same values as without the order.
-    plain = rewritten(mlps, batch(8, 16, 64), **settings, recompute=False)[2]
+    plain = rewritten(joint, **settings, recompute=False)[2]
     assert not any(node.kwargs.get("beta") == 0 for node in plain.module.graph.nodes)
     values = values_of(changed)
     for a, b in zip(evaluate(changed.module, values), evaluate(plain.module, values), strict=True):
@@ -449,16 +451,16 @@ def test_the_first_activation_of_a_backward_is_let_go_before_its_gradient_is_mad
 
 
 def test_a_gradient_that_leaves_the_graph_as_it_came_is_no_obstacle(
-    rewritten, calls, values_of, evaluate
+    joint_of, calls, values_of, evaluate
 ):
     """Tokens in one dimension, and a residual that is an input: its gradient is dy itself."""
     module = calls(lambda m, x, residual: residual + m.down(F.silu(x)), down=nn.Linear(96, 64))
     inputs = batch(128, 96).requires_grad_(), batch(128, 64).requires_grad_()
     settings = {"gradients": "sketched", "projection": "tracked", "rank": 16, "place": "late"}
-    _, plan, changed, _ = rewritten(module, *inputs, **settings)
+    joint, plan, changed, _ = rewritten(joint_of(module, *inputs), **settings)
     assert [site.side for site in plan.sketched] == ["output"]
     assert any(node.kwargs.get("beta") == 0 for node in changed.module.graph.nodes)
-    plain = rewritten(module, *inputs, **settings, recompute=False)[2]
+    plain = rewritten(joint, **settings, recompute=False)[2]
     values = values_of(changed)
     for a, b in zip(evaluate(changed.module, values), evaluate(plain.module, values), strict=True):
         assert (a is None and b is None) or torch.allclose(a, b, rtol=1e-5, atol=1e-6)

@@ -56,8 +56,15 @@ def assert_same(found, expected):
 ANEW = r"the state of a weight of shape \(\d+, \d+\) is dense.*sketched.*begin anew"
 
 
-@pytest.mark.parametrize("settings", [{}, {"step_in_backward": True}, {"state_dtype": "fp8"}])
-@pytest.mark.parametrize("projection", ["tracked", "countsketch"])
+@pytest.mark.parametrize(
+    ("projection", "settings"),
+    [
+        ("countsketch", {}),
+        ("tracked", {}),
+        ("tracked", {"step_in_backward": True}),
+        ("tracked", {"state_dtype": "fp8"}),
+    ],
+)
 def test_moments_of_sketched_weights_begin_anew(monkeypatch, projection, settings):
     """These are stepped as by a fresh optimizer, and all others as if nothing had happened."""
     monkeypatch.setattr(low_bit, "SMALLEST", 512)
