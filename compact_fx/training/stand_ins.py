@@ -380,7 +380,10 @@ class CompactOptimizer(torch.optim.Optimizer):
         cast_ones = [
             pair for pair in zip(weights, stand_ins, strict=True) if pair[0] is not pair[1]
         ]
-        gradients = cast([w.grad for w, _ in cast_ones], [s.dtype for _, s in cast_ones])
+        gradients = cast(
+            [weight.grad for weight, _ in cast_ones if weight.grad is not None],
+            [stand_in.dtype for _, stand_in in cast_ones],
+        )
         for (_, stand_in), gradient in zip(cast_ones, gradients, strict=True):
             stand_in.grad = gradient
         for weight, stand_in in zip(weights, stand_ins, strict=True):
