@@ -229,6 +229,7 @@ def _fit(args: argparse.Namespace) -> None:
     settings = CompactConfig(
         projection=args.projection, exclude=args.exclude, recompute=not args.no_recompute
     )
+    _say("tracing two and three layers ...")
     with _named(args, inputs(1 if args.batch is None else args.batch)):
         found = fit(
             build,
@@ -316,6 +317,12 @@ def _inductor() -> str:
     return "works"
 
 
+def _say(text: str) -> None:
+    """To a person who waits, and to no script."""
+    if sys.stderr.isatty():
+        print(text, file=sys.stderr)
+
+
 # --- models --------------------------------------------------------------------------------------
 
 
@@ -323,6 +330,7 @@ def _explained(
     args: argparse.Namespace, batch: int, rank: float | int, **settings: Any
 ) -> Explanation:
     """The model of a Hugging Face configuration, explained for a batch of token ids."""
+    _say(f"tracing batch {batch}, rank {rank} ...")
     model, config = _model(args)
     if args.checkpoint:
         if not getattr(model, "supports_gradient_checkpointing", False):

@@ -228,8 +228,8 @@ class CompactOptimizer(torch.optim.Optimizer):
             what = "the backend makes gradients dense: give it gradients='sketched'"
         elif not any_sketched():
             what = (
-                "no weight is sketched: compile the model with backend=compact_backend(...), whose "
-                "report says why where that was done"
+                "no weight is sketched: compile the model with backend=compact_backend(...), and "
+                "not by model.compile() as well, which wins; the backend's report says more"
             )
         else:
             return

@@ -73,6 +73,13 @@ def test_explain(capsys, tmp_path):
     assert "wrote" in printed.err
 
 
+@pytest.mark.parametrize("is_person", [True, False])
+def test_who_waits_is_told_what_for(capsys, monkeypatch, is_person):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_person)
+    command_line._say("tracing ...")
+    assert capsys.readouterr() == ("", "tracing ...\n" if is_person else "")
+
+
 def test_explain_as_json(capsys):
     """Settings reach the plan; nothing else is on stdout."""
     options = [
