@@ -64,7 +64,7 @@ ROOMS = {  # each may import itself and those in its set
     "_version": set(),
     "_torch": set(),
     "projections": {"_torch"},
-    "config": {"projections"},
+    "config": {"errors", "projections"},
     "plan": {"projections"},
     "training": {"_torch", "config", "errors", "plan", "projections"},
     "passes": {"_torch", "config", "errors", "plan", "projections"},
