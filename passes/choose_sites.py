@@ -119,9 +119,10 @@ def choose_for(
     early = {key for key in early if key[0] not in staying}
     if early:
         moved = on_output & {index for index, _ in early}
-        choices = [(draft, uses, {key for key in early if key[0] not in moved})]
+        staying_early = {key for key in early if key[0] not in moved}
+        choices = [(draft, uses, staying_early)] if staying_early else []
         if moved:  # as their projections are larger there, it may not be worth it
-            choices.insert(0, (*list_sites(joint, config, failed, moved), early))
+            choices.append((*list_sites(joint, config, failed, moved), early))
         for other, others, chosen in choices:
             trial = _try(joint, _placed(treatment.of(other, joint), chosen))
             if trial.bytes(joint) < best.bytes(joint):

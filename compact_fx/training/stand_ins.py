@@ -387,11 +387,11 @@ class CompactOptimizer(torch.optim.Optimizer):
         for (_, stand_in), gradient in zip(cast_ones, gradients, strict=True):
             stand_in.grad = gradient
         for weight, stand_in in zip(weights, stand_ins, strict=True):
-            state = states[weight]
-            _lay_out(state, stand_in)
+            _lay_out(states[weight], stand_in)
+        for weight, stand_in in zip(weights, stand_ins, strict=True):  # nothing fails from here on
             self.state.pop(weight, None)
-            if state:
-                self.state[stand_in] = state
+            if states[weight]:
+                self.state[stand_in] = states[weight]
         return stand_ins
 
     def _states_of_numbers(self, weights: Sequence[Tensor]) -> dict[Tensor, dict[str, Any]]:

@@ -476,6 +476,32 @@ def test_sharded_weights_are_refused(process_group):
         CompactAdamW(model.parameters(), state_dtype="fp8")
 
 
+@pytest.mark.filterwarnings("ignore:CompactAdamW steps dense gradients")
+def test_no_state_is_lost_where_memory_runs_out(monkeypatch):
+    """While dense weights of one step get their stand-ins."""
+    weights = [nn.Parameter(spread(80, 64).bfloat16()) for _ in range(3)]
+    optimizer = CompactAdamW(weights, lr=1e-2, state_dtype="fp8")
+    for weight in weights:
+        weight.grad = spread(80, 64).bfloat16()
+    optimizer.step()
+    before = {weight: dict(optimizer.state[weight]) for weight in weights}
+    calls = []
+
+    def lay_out(*_):
+        calls.append(None)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(stand_ins, "_lay_out", lay_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.step()
+    for weight in weights:
+        state = optimizer.state[weight]
+        assert state.keys() == before[weight].keys()
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(state[name], before[weight][name])
+
+
 def test_all_weights_are_rounded_at_once_and_in_few_lengths(monkeypatch):
     """Also of odd sizes and other numbers of steps: a length is a kernel to compile."""
     calls = []
