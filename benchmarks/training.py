@@ -32,10 +32,25 @@ def build(shape: dict[str, int], device: str) -> nn.Module:
 
 
 def to_float8(model: nn.Module, recipe: str) -> nn.Module:
-    """The model with products in float8 in all linear layers but heads; a CPU emulates them."""
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    """The model with products in float8 in all linear layers but heads; a CPU emulates them.
 
-    config = Float8LinearConfig.from_recipe_name(recipe)
+    recipe: one of torchao's, or "tensorwise_with_gw_hp": weight gradients stay in bf16.
+    """
+    from torchao.float8 import (
+        CastConfig,
+        Float8LinearConfig,
+        ScalingType,
+        convert_to_float8_training,
+    )
+
+    if recipe == "tensorwise_with_gw_hp":
+        as_it_is = [CastConfig(scaling_type=ScalingType.DISABLED) for _ in range(2)]
+        config = Float8LinearConfig(
+            cast_config_input_for_grad_weight=as_it_is[0],
+            cast_config_grad_output_for_grad_weight=as_it_is[1],
+        )
+    else:
+        config = Float8LinearConfig.from_recipe_name(recipe)
     if next(model.parameters()).device.type == "cpu":
         config = replace(config, emulate=True)
     return convert_to_float8_training(

@@ -178,6 +178,7 @@ class Plan:
         recompute: whether matmul inputs may be rebuilt in the backward pass.
         track_every: tracked projections see every so many tokens.
         saved: what large values cross in; None for their own dtype.
+        saved_share: how much of their bytes does at least, the largest first.
         account: what it costs; not compared, and not in the keys of caches.
     """
 
@@ -187,6 +188,7 @@ class Plan:
     recompute: bool = False
     track_every: int = 1
     saved: LowBit | None = None
+    saved_share: float = 1.0
     account: Account = field(default_factory=Account, compare=False, repr=False)
 
     @property
@@ -223,6 +225,6 @@ class Plan:
             for s in self.sketched
         ]
         projections = [(p.features, p.rank, p.kind, str(p.dtype)) for p in self.projections]
-        others = (self.inputs, self.recompute, self.track_every, self.saved)
+        others = (self.inputs, self.recompute, self.track_every, self.saved, self.saved_share)
         decisions = repr((sites, projections, *others))
         return hashlib.sha256(decisions.encode()).hexdigest()

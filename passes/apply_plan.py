@@ -54,7 +54,7 @@ def cut(rewritten: Rewritten, plan: Plan) -> Partition:
     if plan.saved is None:
         return halves
     with observed("store_low_bit", halves.forward):
-        return store_low_bit(halves, plan.saved)
+        return store_low_bit(halves, plan.saved, plan.saved_share)
 
 
 def apply_plan(joint: JointGraph, plan: Plan) -> Partition:

@@ -72,19 +72,24 @@ def choose_sites(
 
 @dataclass(frozen=True)
 class Treatment:
-    """What is done to all tensors that cross; see `Plan`."""
+    """What is done to the tensors that cross; see `Plan`."""
 
     recompute: bool
     saved: LowBit | None = None
+    share: float = 1.0
 
     def of(self, plan: Plan, joint: JointGraph) -> Plan:
         """The plan with this."""
         # What is rebuilt from an input has to find the value that the forward saw.
         recompute = self.recompute and not joint.mutates_inputs()
-        return replace(plan, recompute=recompute, saved=self.saved)
+        return replace(plan, recompute=recompute, saved=self.saved, saved_share=self.share)
 
 
-LADDER = (Treatment(recompute=False), Treatment(recompute=True), Treatment(True, "int8"))
+LADDER = (
+    Treatment(recompute=False),
+    Treatment(recompute=True),
+    *(Treatment(True, "int8", share) for share in (0.25, 0.5, 0.75, 1.0)),
+)
 """From what costs least time to what takes least memory.
 
 Torch's `activation_memory_budget` is no further step: what it runs again is there at once, and the
@@ -167,7 +172,8 @@ def _untouched(
     if plan.saved is None:  # it is compiled as torch would
         cut, plan = before, Plan(sites=plan.sites)
     else:
-        plan = Plan(sites=plan.sites, recompute=plan.recompute, saved=plan.saved)
+        treated = {"saved": plan.saved, "saved_share": plan.saved_share}
+        plan = Plan(sites=plan.sites, recompute=plan.recompute, **treated)
         cut = _try(joint, plan).cut
     costs = (SiteCost(flops_before=flops, flops_after=flops) for flops, _ in flops_of(plan, uses))
     account = Account(saved_before=before.saved, saved_after=cut.saved, sites=tuple(costs))

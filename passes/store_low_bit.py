@@ -3,7 +3,7 @@
 import functools
 import operator
 from collections import Counter
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 
 import torch
@@ -43,7 +43,7 @@ _OF_ATTENTION = {"query", "key", "value", "out", "output"}
 _REDUCING = {"sum", "mean", "amax", "amin", "max", "min", "var_mean", "var", "logsumexp", "prod"}
 
 
-def store_low_bit(halves: Partition, kind: LowBit) -> Partition:
+def store_low_bit(halves: Partition, kind: LowBit, share: float = 1.0) -> Partition:
     """Let large values cross in 8 bits, with a scale for each group of neighbours.
 
     ::
@@ -63,6 +63,7 @@ def store_low_bit(halves: Partition, kind: LowBit) -> Partition:
 
     Args:
         halves: taken over.
+        share: of the bytes of large values, how much crosses in 8 bits at least: the largest first.
     """
     _cross_once(halves)
     inputs = halves.forward.graph.find_nodes(op="placeholder")
@@ -70,17 +71,22 @@ def store_low_bit(halves: Partition, kind: LowBit) -> Partition:
     crossing = list(halves.crossing())
     shared = Counter(storage_of(kept) for _, kept, _ in crossing)
     gradients = gradient_nodes(halves.backward.graph)
-    packed: dict[int, tuple[int, Saved]] = {}
-    for at, kept, received in reversed(crossing):  # those before it keep their positions
+    packings: dict[fx.Node, tuple[Pack, Unpack]] = {}
+    for _, kept, received in crossing:
         storage = storage_of(kept)
         if storage in alive or shared[storage] > 1 or not received.users or not _is_large(kept):
             continue
         packing = _packing_of(kept, kind)
-        is_mask = kept.meta["val"].dtype is torch.bool
-        if packing is None or not (
-            is_mask or (not _is_statistic(kept) and _stands_rounding(received, gradients))
+        if packing is not None and (
+            _is_mask(kept) or (not _is_statistic(kept) and _stands_rounding(received, gradients))
         ):
+            packings[kept] = packing
+    left = _beyond([kept for kept in packings if not _is_mask(kept)], share)
+    packed: dict[int, tuple[int, Saved]] = {}
+    for at, kept, received in reversed(crossing):  # those before it keep their positions
+        if kept not in packings or kept in left:
             continue
+        storage, packing = storage_of(kept), packings[kept]
         whole = halves.saved_by_storage[storage]
         for part in _pack(halves, at, kept, received, *packing):
             shape, dtype = str(tuple(part.meta["val"].shape)), str(part.meta["val"].dtype)
@@ -141,6 +147,25 @@ def _is_large(kept: fx.Node) -> bool:
     return elements >= SMALLEST and isinstance(value.shape[-1], int) and has_own_memory
 
 
+def _is_mask(kept: fx.Node) -> bool:
+    return kept.meta["val"].dtype is torch.bool
+
+
+def _beyond(values: Sequence[fx.Node], share: float) -> set[fx.Node]:
+    """Those that are not needed to reach this share of their bytes.
+
+    The largest are, and of equal ones the first: they are there longest.
+    """
+    allowed = (1.0 - share) * sum(map(bytes_of, values))
+    left = set()
+    for value in sorted(sorted(values, reverse=True), key=bytes_of):
+        allowed -= bytes_of(value)
+        if allowed < 0:
+            break
+        left.add(value)
+    return left
+
+
 def _has_long_rows(kept: fx.Node) -> bool:
     last = kept.meta["val"].shape[-1]
     return isinstance(last, int) and last >= GROUPS[-1]
@@ -154,7 +179,7 @@ def _packing_of(kept: fx.Node, kind: LowBit) -> tuple[Pack, Unpack] | None:
     """How to store a value, and how to get it back."""
     value = kept.meta["val"]
     last = value.shape[-1]
-    if value.dtype is torch.bool:
+    if _is_mask(kept):
         return (to_bits, from_bits) if last % 8 == 0 else None
     is_float = value.dtype in (torch.bfloat16, torch.float16, torch.float32)
     if not (is_float and _has_long_rows(kept)):

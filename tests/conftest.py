@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import settings
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -21,6 +22,10 @@ torch.set_num_threads(1)
 
 # Compilers make many objects: Python looks for garbage less often, which saves a tenth of the time.
 gc.set_threshold(20_000)
+
+# The same examples each time, however busy the machine is.
+settings.register_profile("compact_fx", deadline=None, derandomize=True)
+settings.load_profile("compact_fx")
 
 
 @pytest.fixture(autouse=True)

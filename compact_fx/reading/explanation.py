@@ -18,9 +18,10 @@ from compact_fx import _torch
 from compact_fx.compiler import GraphCompiler
 from compact_fx.config import CompactConfig, config_from
 from compact_fx.errors import warn_at_caller
-from compact_fx.passes.choose_sites import choose_sites
+from compact_fx.passes.choose_sites import Treatment, choose_for, choose_sites
 from compact_fx.passes.joint_graph import JointGraph
 from compact_fx.passes.live_bytes import GraphMemory, Moment, graph_memory
+from compact_fx.passes.partition import partition
 from compact_fx.plan import Plan
 from compact_fx.reading.graphs import CompactedGraphs, named
 from compact_fx.reading.memory import Breakdown, LiveMemory, size_unit, step_timeline
@@ -331,10 +332,10 @@ def _analyse(
     config: CompactConfig, joint: JointGraph, inputs: Sequence[Any], intermediate: set[int]
 ) -> _Found:
     joint = named(joint)
-    graphs = {
-        gradients: CompactedGraphs(joint, choose_sites(joint, replace(config, gradients=gradients)))
-        for gradients in ("dense", "sketched")
-    }
+    plan = choose_sites(joint, config)
+    other = replace(config, gradients="dense" if config.gradients == "sketched" else "sketched")
+    plans = {config.gradients: plan, other.gradients: _treated_alike(joint, other, plan)}
+    graphs = {gradients: CompactedGraphs(joint, plan) for gradients, plan in plans.items()}
     cuts = {
         COMPILED: graphs["dense"].cut_before,
         DENSE: graphs["dense"].cut,
@@ -345,6 +346,15 @@ def _analyse(
         for way, cut in cuts.items()
     }
     return _Found(graphs, memory, inputs)
+
+
+def _treated_alike(joint: JointGraph, config: CompactConfig, plan: Plan) -> Plan:
+    """The plan of other settings; a budget, which they may be unable to reach, was for this one."""
+    if config.memory_budget is None:
+        return choose_sites(joint, config)
+    before = partition(joint.copy(), recompute=False)
+    treatment = Treatment(plan.recompute, plan.saved, plan.saved_share)
+    return choose_for(joint, config, None, before, treatment)[0]
 
 
 def sketched_sizes(

@@ -15,6 +15,7 @@ logging.getLogger("torchao").setLevel(logging.ERROR)  # its extensions want a CU
 float8 = pytest.importorskip("torchao.float8")
 
 HIGH_PRECISION = "rowwise_with_gw_hp"  # weight gradients in the model's own dtype
+TENSORWISE = "tensorwise, weight gradients in the model's own dtype"  # docs/compatibility.md
 EXACT = {"rank": 1.0, "projection": "orthogonal", "gradients": "dense"}
 WEIGHTS = {"gate.weight", "up.weight", "down.weight"}
 
@@ -34,10 +35,20 @@ class Block(nn.Module):
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
 
+def config_of(recipe):
+    if recipe != TENSORWISE:
+        return float8.Float8LinearConfig.from_recipe_name(recipe)
+    off = float8.ScalingType.DISABLED
+    return float8.Float8LinearConfig(
+        cast_config_input_for_grad_weight=float8.CastConfig(scaling_type=off),
+        cast_config_grad_output_for_grad_weight=float8.CastConfig(scaling_type=off),
+    )
+
+
 def make(recipe, dtype=torch.float32, emulate=True, **sizes):
     torch.manual_seed(0)
     model = Block(**sizes).to(dtype)
-    config = float8.Float8LinearConfig.from_recipe_name(recipe)
+    config = config_of(recipe)
     config = dataclasses.replace(config, emulate=emulate)
     return float8.convert_to_float8_training(model, config=config)
 
@@ -67,6 +78,7 @@ def backend(**settings):
     ("recipe", "dtype"),
     [
         (HIGH_PRECISION, torch.float32),
+        (TENSORWISE, torch.float32),
         pytest.param(HIGH_PRECISION, torch.bfloat16, marks=pytest.mark.long),
         pytest.param("rowwise", torch.float32, marks=pytest.mark.long),
         pytest.param("tensorwise", torch.bfloat16, marks=pytest.mark.long),

@@ -1,5 +1,7 @@
 """What crosses in 8 bits: which tensors, how far off, and that both halves still fit together."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -173,6 +175,21 @@ def test_each_kind_of_tensor(halves_of, calls):
     assert ("(2, 32, 64)", "float32") in whole  # the input itself
     assert ("(2, 32, 1)", "float32") in whole  # means and deviations
     assert sum(saved.dtype == "int8" for saved in after.saved) == 5  # 2 gates, 2 ups, 1 sum
+
+
+def test_a_share_takes_the_largest_and_no_more_than_it_needs(halves_of, calls, joint_of):
+    """Of 2 gates and 2 ups of 24 KiB and a sum of 16 KiB."""
+    both = calls(lambda m, x: m.b(m.a(x)), a=gated_block(calls), b=gated_block(calls))
+    joint, before, _ = halves_of(both, torch.randn(2, 32, 64, requires_grad=True))
+    numbers = []
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        after = store_low_bit(partition(joint.copy(), recompute=True), "int8", share)
+        numbers.append(sum(saved.dtype == "int8" for saved in after.saved))
+        whole = sum(saved.bytes for saved in after.saved if saved.dtype != "int8")
+        assert whole <= before.bytes - share * (4 * 24576 + 16384) + 4096  # scales
+    assert numbers == [0, 2, 3, 4, 5]
+    plan = choose_sites(joint, CompactConfig(saved="int8", rank=0.25))
+    assert replace(plan, saved_share=0.5).digest() != plan.digest()
 
 
 def loss_of_logits(m, x, y):

@@ -111,7 +111,7 @@ def test_rows_of_countsketch_meet_as_independent_columns_would():
     assert (rates - 1 / rank).abs().max() < 5 * math.sqrt(1 / rank / count)
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(max_examples=60)
 @given(n=st.integers(1, 400), rank=st.integers(1, 80), seed=st.integers(0, 2**40))
 def test_tables_of_countsketch_multiply_with_it(n, rank, seed):
     """x P and F Pᵀ by gathering, for any shape."""
@@ -289,7 +289,7 @@ def test_extreme_keys_are_finite(kind, value, dtype):
     assert p.count_nonzero() > 0
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     n=st.integers(1, 90),
     rank=st.integers(1, 90),

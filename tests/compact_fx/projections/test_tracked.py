@@ -51,7 +51,7 @@ def test_it_begins_with_orthonormal_columns(rank):
     assert not torch.equal(p, start(rank=rank, key=6))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     n=st.integers(1, 40),
     share=st.floats(0, 1),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
 from compact_fx import CannotCompact, CompactAdamW, CompactConfig, compact_backend, explain
+from compact_fx.errors import BudgetTooSmall
 from compact_fx.reading.explanation import COMPILED, DENSE, SKETCHED, VARIANTS
 
 
@@ -512,3 +513,16 @@ def test_predicted_peaks_are_those_of_a_gpu(projection):
         assert predicted == pytest.approx(measured, rel=0.1), variant
         del model, optimizer
         gc.collect()
+
+
+def test_a_budget_is_for_the_gradients_that_are_asked_for(make_llama, tokens):
+    """The others, which may not reach it, are shown as they are treated for these."""
+    model = make_llama(layers=1, hidden_size=128, intermediate_size=352)
+    batch = {"input_ids": tokens, "labels": tokens}
+    smallest = {}
+    for gradients in ("dense", "sketched"):
+        with pytest.raises(BudgetTooSmall) as error:
+            explain(model, **batch, gradients=gradients, memory_budget=100)
+        smallest[gradients] = int(str(error.value).split(" is ")[1].split(":")[0])
+    assert smallest["sketched"] < smallest["dense"]
+    explain(model, **batch, memory_budget=smallest["sketched"])

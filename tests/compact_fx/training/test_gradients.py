@@ -294,7 +294,7 @@ def test_same_basis(dim):
     close(first - second, expected - second.to_dense())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     m=st.integers(1, 12),
     n=st.integers(1, 40),
