@@ -182,8 +182,8 @@ def main() -> None:
         torch.cuda.set_device(device)
 
     # One process first: with a group it would be told to exchange.
-    alone = {}
-    for gradients in () if args.go_on else ("sketched", "dense"):
+    alone: dict[str, tuple[Run, Run]] = {}
+    for gradients in ("sketched", "dense") if rank == 0 and not args.go_on else ():
         full = Run(None, parts, device, gradients=gradients, **FULL).train(range(1))
         quarter = Run(None, parts, device, gradients=gradients, **QUARTER).train(range(args.steps))
         alone[gradients] = full, quarter
@@ -195,15 +195,18 @@ def main() -> None:
         dist.destroy_process_group()
         return
     rows = []
-    for gradients, (full, quarter) in alone.items():
+    for gradients in ("sketched", "dense"):
         for way in WAYS:
             once = Run(way, mine, device, gradients=gradients, **FULL).train(range(1))
             long = Run(way, mine, device, gradients=gradients, **QUARTER).train(range(args.steps))
-            row = {"parallel": way, "gradients": gradients, "steps": args.steps}
-            row["full_rank_gradients"] = relative(once.gradients, full.gradients)
-            row["quarter_losses"] = farthest(long.losses, quarter.losses)
-            row["quarter_weights"] = relative(long.weights, quarter.weights)
-            rows.append(row)
+            weights = long.weights  # all processes together
+            if rank == 0:
+                full, quarter = alone[gradients]
+                row = {"parallel": way, "gradients": gradients, "steps": args.steps}
+                row["full_rank_gradients"] = relative(once.gradients, full.gradients)
+                row["quarter_losses"] = farthest(long.losses, quarter.losses)
+                row["quarter_weights"] = relative(weights, quarter.weights)
+                rows.append(row)
     more = Run("ddp", mine, device, **QUARTER).train(range(args.more))
     record = {
         **provenance(),
