@@ -50,6 +50,10 @@ if torch.distributed.is_available():  # some builds are without
     from torch.distributed.tensor import DTensor, Shard
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
+    _SHARDED: tuple[type, ...] = (DTensor,)
+else:
+    _SHARDED = ()
+
 Partitioner = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
 CompiledFunction = Callable[..., Any]
 Result = TypeVar("Result")
@@ -297,7 +301,7 @@ def is_of_flat_parameter(tensor: torch.Tensor) -> bool:
 
 def is_sharded(tensor: torch.Tensor | None) -> "TypeGuard[DTensor]":
     """Whether a tensor is a DTensor: processes have parts of it."""
-    return torch.distributed.is_available() and isinstance(tensor, DTensor)
+    return isinstance(tensor, _SHARDED)
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:

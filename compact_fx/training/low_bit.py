@@ -85,7 +85,7 @@ def encode(states: Iterable[dict[str, Any]], signs: Mapping[str, bool]) -> None:
     """
     alike: dict[tuple[Any, ...], list[tuple[int, dict[str, Any]]]] = {}
     for state in states:
-        large = [name for name in signs if _is_large(state.get(name))]
+        large = [name for name in state if name in signs and _is_large(state[name])]
         if not large:
             continue
         count = int(state.get(ROUNDINGS, 0))
@@ -110,8 +110,8 @@ def decode(states: Iterable[Mapping[str, Any]], signs: Mapping[str, bool]) -> li
     decoded = [dict(state) for state in states]
     alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for state in decoded:
-        for name in signs:
-            if name + _SCALE in state:
+        for name in state:
+            if name in signs and name + _SCALE in state:
                 alike.setdefault((name, state[name].device), []).append(state)
     for (name, _), members in alike.items():
         values = [state[name] for state in members]
@@ -123,15 +123,31 @@ def decode(states: Iterable[Mapping[str, Any]], signs: Mapping[str, bool]) -> li
 
 
 def _joined(values: Sequence[Tensor], block: int = BLOCK) -> Tensor:
-    """All in a row, each from a block of its own, and zeros up to one of few lengths.
+    """All in a row, each from a block of its own, and blocks of anything up to one of few lengths.
 
     Each length is a kernel to compile; eight for a power of two take an eighth more at the most.
+    Nothing is copied where they lie so, as what `decode` has made does if it fills its blocks.
     """
+    first, blocks = values[0], sum(-(-value.numel() // block) for value in values)
+    missing = -blocks % (1 << max(0, blocks.bit_length() - 4))
+    length = (blocks + missing) * block
+    is_there = first.untyped_storage().nbytes() >= length * first.element_size()
+    if is_there and _is_in_a_row(values, block):
+        return first.as_strided((length,), (1,))
     rows = [value.flatten() for value in values]
     rows = [F.pad(row, (0, -len(row) % block)) if len(row) % block else row for row in rows]
-    blocks = sum(map(len, rows)) // block
-    missing = -blocks % (1 << max(0, blocks.bit_length() - 4))
     return torch.cat([*rows, rows[0].new_zeros(missing * block)]) if missing else torch.cat(rows)
+
+
+def _is_in_a_row(values: Sequence[Tensor], block: int) -> bool:
+    """Whether each begins where the one before it ends, from the beginning of one storage."""
+    end, storage = 0, _torch.storage_id(values[0])
+    for value in values:
+        is_next = value.storage_offset() == end and _torch.storage_id(value) == storage
+        if not (is_next and value.is_contiguous() and value.numel() % block == 0):
+            return False
+        end += value.numel()
+    return True
 
 
 def _parts(values: Sequence[Tensor], flat: Tensor, block: int = BLOCK) -> list[Tensor]:

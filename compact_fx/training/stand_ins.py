@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from compact_fx.training.weights import (
     known_record,
     record_of,
     restore_steps,
-    use_gradients,
+    use_gradient,
 )
 
 StateDtype = torch.dtype | Literal["fp8"] | None
@@ -54,8 +54,7 @@ class _Settings:
         return self.state_dtype == "fp8"
 
 
-@dataclass(frozen=True)
-class _Step:
+class _Step(NamedTuple):
     """One weight in one step that a stand-in takes the place of.
 
     Attributes:
@@ -70,9 +69,9 @@ class _Step:
 
 def _lay_out(state: dict[str, Any], weight: Tensor) -> None:
     """Let moments of a dense weight lie in memory as it does: fused kernels take it for granted."""
-    for name in moments.SIGNS:
-        moment = state.get(name)
-        if not (isinstance(moment, Tensor) and moment.is_floating_point()):
+    for name, moment in state.items():
+        is_moment = name in moments.SIGNS and isinstance(moment, Tensor)
+        if not (is_moment and moment.is_floating_point()):
             continue
         if moment.shape == weight.shape and moment.stride() != weight.stride():
             state[name] = torch.empty_like(weight, dtype=moment.dtype).copy_(moment)
@@ -293,25 +292,26 @@ class CompactOptimizer(torch.optim.Optimizer):
     ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Groups, each with one of the inner optimizer's: of stand-ins, or of dense weights."""
         inner: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        weights = [weight for group in groups for weight in group["params"]]
-        states = self._states_of_numbers(
-            [weight for weight in weights if weight in factors or self._settings.in_8_bits]
-        )
-        sketched = [weight for weight in weights if weight in factors]
-        parts = [factors[weight][0] for weight in sketched]
+        sketched_of = [[w for w in group["params"] if w in factors] for group in groups]
+        dense_of = [[w for w in group["params"] if w not in factors] for group in groups]
+        weights = [weight for sketched in sketched_of for weight in sketched]
+        parts = [factors[weight][0] for weight in weights]
         parts = cast(parts, [self._dtype_of_moments(part.dtype) for part in parts])
-        factor_of = dict(zip(sketched, parts, strict=True))
-        for group in groups:
+        factor_of = dict(zip(weights, parts, strict=True))
+        if self._settings.in_8_bits:  # decoded in the order in which they are encoded
+            pairs = zip(sketched_of, dense_of, strict=True)
+            weights = [weight for pair in pairs for some in pair for weight in some]
+        states = self._states_of_numbers(weights)
+        for group, sketched, dense in zip(groups, sketched_of, dense_of, strict=True):
             stand_ins = []
-            for weight in group["params"]:
-                if weight in factors:
-                    factor, (_, basis) = factor_of[weight], factors[weight]
-                    stand_ins.append(self._stand_in(weight, factor, basis, group, states))
-                    steps.append(_Step(weight, stand_ins[-1], basis, group))
+            for weight in sketched:
+                basis = factors[weight][1]
+                stand_in = self._stand_in(weight, factor_of[weight], basis, group, states[weight])
+                stand_ins.append(stand_in)
+                steps.append(_Step(weight, stand_in, basis, group))
             if stand_ins:
                 # A few launches, not one for each weight.
                 torch._foreach_zero_([_torch.local_part(stand_in) for stand_in in stand_ins])
-            dense = [weight for weight in group["params"] if weight not in factors]
             if self._settings.in_8_bits:
                 in_place_of = self._dense_stand_ins(dense, states)
                 steps += [_Step(w, s, None, group) for w, s in zip(dense, in_place_of, strict=True)]
@@ -339,7 +339,7 @@ class CompactOptimizer(torch.optim.Optimizer):
         if basis is not None:
             if self._bases.get(weight) is not basis or weight not in self._names:
                 self._bases[weight], self._names[weight] = basis, moments.names_of(basis)
-            state = {**state, **self._names[weight]}
+            state |= self._names[weight]
         self.state[weight] = state
 
     def _stand_in(
@@ -348,7 +348,7 @@ class CompactOptimizer(torch.optim.Optimizer):
         factor: Tensor,
         basis: Basis,
         group: dict[str, Any],
-        states: Mapping[Tensor, dict[str, Any]],
+        state: dict[str, Any],
     ) -> Tensor:
         decay = group.get("weight_decay", 0.0)
         if decay and not self._is_decoupled(group):
@@ -356,14 +356,14 @@ class CompactOptimizer(torch.optim.Optimizer):
             scale = getattr(self, "grad_scale", None)  # a fused one divides by it
             coupled = basis.compress(_torch.local_part(weight)).mul_(sign * decay)
             factor = factor + (coupled if scale is None else coupled * scale)
-        dtype = self._dtype_of_moments(factor.dtype)
+            factor = factor.to(self._dtype_of_moments(factor.dtype))
         # Fused kernels take for granted that gradients and moments are laid out alike.
-        factor = factor.to(dtype).contiguous()
+        factor = factor.contiguous()
         stand_in = _torch.with_part(weight, torch.empty_like(factor))
         stand_in.grad = _torch.with_part(weight, factor)
-        state = states[weight]
-        if weight in self._bases:  # may fail for want of memory
-            moments.carry(state, self._bases[weight], basis, self._settings.refresh)
+        own = self._bases.get(weight)
+        if own is not None:  # may fail for want of memory
+            moments.carry(state, own, basis, self._settings.refresh)
         else:  # there is none, or one of full size: `_check_state` has warned
             state = {}
         self.state.pop(weight, None)
@@ -401,7 +401,9 @@ class CompactOptimizer(torch.optim.Optimizer):
             states = low_bit.decode(states, moments.SIGNS)
             for weight, state in zip(weights, states, strict=True):
                 dtype = self._dtype_of_moments(weight.dtype)
-                state |= {n: state[n].to(dtype) for n in moments.SIGNS if n in state}
+                for name, moment in state.items():
+                    if name in moments.SIGNS and moment.dtype is not dtype:
+                        state[name] = moment.to(dtype)
         return dict(zip(weights, states, strict=True))
 
     def _dtype_of_moments(self, dtype: torch.dtype) -> torch.dtype:
@@ -466,11 +468,11 @@ class CompactOptimizer(torch.optim.Optimizer):
 
     def _basis_for(self, weight: Tensor) -> Basis | None:
         """What a dense gradient of a sketched weight is brought into."""
+        own = self._bases.get(weight)
+        if own is None and self.state.get(weight):
+            return None
         record = known_record(weight)
-        is_sketched = weight in self._bases or not self.state.get(weight)
-        if is_sketched and record is not None and record.is_factor:
-            return record.basis
-        return self._bases.get(weight)
+        return record.basis if record is not None and record.is_factor else own
 
     def _warn(self, weight: Tensor, what: str) -> None:
         if what not in self._warned:
@@ -482,10 +484,11 @@ class CompactOptimizer(torch.optim.Optimizer):
             )
 
     def _check_state(self, weight: Tensor, basis: Basis) -> None:
-        if not self.state.get(weight):
+        own = self._bases.get(weight)
+        if own is basis or not self.state.get(weight):
             return
-        if weight in self._bases:
-            moments.check(self._bases[weight], basis, tuple(weight.shape))
+        if own is not None:
+            moments.check(own, basis, tuple(weight.shape))
         elif "dense moments" not in self._warned:
             self._warned.add("dense moments")
             warn_at_caller(
@@ -506,7 +509,7 @@ class CompactOptimizer(torch.optim.Optimizer):
             for group in optimizer.param_groups:
                 if any(weight is own for own in group["params"]):
                     optimizer._step([{**group, "params": [weight]}])
-                    use_gradients(optimizer, [weight])
+                    use_gradient(optimizer, weight)
             weight.grad = ConsumedGrad(weight)
 
         @_torch.untraced

@@ -232,21 +232,20 @@ def _watch_optimizers() -> None:
     register_optimizer_step_post_hook(_on_step)
 
 
-# When a step began: how many steps each weight had seen, and whether it had a gradient to step.
-_Began = dict[WeightRecord, tuple[int, bool]]
+# When a step began, by weight: its record, how many steps it had seen, whether it had a gradient.
+_Began = dict[Tensor, tuple[WeightRecord, int, bool]]
 # A step may be within another of the same optimizer: a subclass calls that of its base.
 _began: MutableMapping[Optimizer, list[_Began]] = weakref.WeakKeyDictionary()
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     has_closure = any(map(callable, (*args[1:], *kwargs.values())))  # it makes other gradients
-    weights = [w for group in optimizer.param_groups for w in group["params"]]
-    known = ((_records.get(weight), weight.grad is not None) for weight in weights)
-    began = {
-        record: (record.steps, has_gradient and not has_closure)
-        for record, has_gradient in known
-        if record is not None
-    }
+    began: _Began = {}
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            if (record := _records.get(weight)) is not None:
+                has_gradient = weight.grad is not None and not has_closure
+                began[weight] = (record, record.steps, has_gradient)
     _began.setdefault(optimizer, []).append(began)
 
 
@@ -257,35 +256,43 @@ def _on_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     found_inf = getattr(optimizer, "found_inf", None)
     if found_inf is not None and found_inf.item():  # a fused step that GradScaler skips
         return
-    stepped_within = {record for record, (steps, _) in began.items() if record.steps > steps}
+    stepped_within = {record for record, steps, _ in began.values() if record.steps > steps}
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    if stepped_within:
-        weights = [weight for weight in weights if _records.get(weight) not in stepped_within]
-    use_gradients(optimizer, weights)
-    if weights and all(weight.grad is None for weight in weights):  # cleared within the step
-        had_gradients = [record for record, (_, had) in began.items() if had]
+    known = [began[w][0] if w in began else _records.get(w) for w in weights]
+    pairs = [pair for pair in zip(weights, known, strict=True) if pair[1] not in stepped_within]
+    _use_gradients(optimizer, pairs)
+    if pairs and all(weight.grad is None for weight, _ in pairs):  # cleared within the step
+        had_gradients = {record for record, _, had in began.values() if had}
         _note_change()
-        for record in set(had_gradients) - stepped_within:
+        for record in had_gradients - stepped_within:
             _warn_of_dense_step(optimizer, [record] if record.is_factor else [])
             record.count()
 
 
-def use_gradients(optimizer: Optimizer, weights: Iterable[Tensor]) -> None:
-    """An optimizer has made a step with the gradients of these weights."""
+def use_gradient(optimizer: Optimizer, weight: Tensor) -> None:
+    """An optimizer has made a step with the gradient of this weight."""
+    _use_gradients(optimizer, [(weight, _records.get(weight))])
+
+
+def _use_gradients(
+    optimizer: Optimizer, weights: Iterable[tuple[Tensor, WeightRecord | None]]
+) -> None:
     _note_change()
     unsketched: set[Watch] = set()
-    made_dense: list[WeightRecord] = []
-    for weight in weights:
-        if weight.grad is not None and (record := _records.get(weight)) is not None:
-            before = record.steps
-            sketched = record.use(weight.grad, optimizer)
-            if not sketched and record.watch is not None:
-                unsketched.add(record.watch)
-            elif record.steps > before and sketched_part(weight.grad) is not None:
-                made_dense.append(record)
+    counted: list[tuple[Tensor, WeightRecord]] = []
+    for weight, record in weights:
+        gradient = weight.grad
+        if gradient is None or record is None:
+            continue
+        before = record.steps
+        sketched = record.use(gradient, optimizer)
+        if not sketched and record.watch is not None:
+            unsketched.add(record.watch)
+        elif record.steps > before:
+            counted.append((gradient, record))
     for watch in unsketched:
         watch.stepped_unsketched()
-    _warn_of_dense_step(optimizer, made_dense)
+    _warn_of_dense_step(optimizer, (r for g, r in counted if sketched_part(g) is not None))
 
 
 def _warn_of_dense_step(optimizer: Optimizer, records: Iterable[WeightRecord]) -> None:

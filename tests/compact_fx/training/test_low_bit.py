@@ -528,6 +528,68 @@ def test_all_weights_are_rounded_at_once_and_in_few_lengths(monkeypatch):
         assert 256 * n <= len(low_bit._joined([torch.empty(256 * n)])) <= 256 * n * 1.125
 
 
+@pytest.mark.parametrize("shape", [(96, 64), (4097,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("projection", ["countsketch", "tracked"])
+def test_moments_are_joined_only_where_they_lie_apart(projection, dtype, shape, monkeypatch):
+    """To the bit what joining makes, rotated or projected on the way, or with a weight left out."""
+    copies, cat = [], torch.cat
+
+    def counted(tensors):
+        joined = cat(tensors)
+        if joined.dtype is torch.float32 and len(joined) >= low_bit.SMALLEST:
+            copies[-1] += 1
+        return joined
+
+    def train():
+        run = Run(projection, dtype)
+        run.weights.append(nn.Parameter(torch.randn(shape).to(dtype)))
+        run.optimizer = run.make(refresh="project")
+        copies.clear()
+        for number in (0, 1, 2, 3, None, 4):
+            copies.append(0)
+            if number is None:
+                run.weights[1].grad = None
+                run.optimizer.step()
+            else:
+                run.step(number)
+        return run
+
+    monkeypatch.setattr(torch, "cat", counted)
+    run = train()
+    # In the first step they are torch's; and what does not fill its blocks lies apart.
+    assert copies == ([2, 0, 0, 0, 0, 0] if shape == (96, 64) else [2] * 6)
+    monkeypatch.setattr(low_bit, "_is_in_a_row", lambda *_: False)
+    joined = train()
+    assert copies == [2] * 6
+    for mine, other in zip(run.weights, joined.weights, strict=True):
+        assert torch.equal(mine, other)
+        state, expected = run.optimizer.state[mine], joined.optimizer.state[other]
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize("change", ["replaced", "in another order", "of less than they lie in"])
+def test_moments_that_no_longer_lie_in_a_row_are_joined(change):
+    def states():
+        made = [{"exp_avg": spread(n).clone() * (i + 1)} for i, n in enumerate((5120, 4096, 4352))]
+        low_bit.encode(made, SIGNS)
+        return low_bit.decode(made, SIGNS)
+
+    changed = states()
+    if change == "replaced":
+        changed[1]["exp_avg"] = changed[1]["exp_avg"] + 1.0
+    elif change == "in another order":
+        changed[1:] = changed[:0:-1]
+    else:
+        changed = [{**state, "exp_avg": state["exp_avg"][:4096]} for state in changed]
+    apart = [{k: v.clone() for k, v in state.items()} for state in changed]
+    for some in (changed, apart):
+        low_bit.encode(some, SIGNS)
+    for state, expected in zip(changed, apart, strict=True):
+        assert all(torch.equal(value, expected[name]) for name, value in state.items())
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("signed", [True, False])
 def test_on_cuda_codes_are_those_of_a_cpu(signed):
