@@ -15,6 +15,7 @@ import gc
 import os
 import tempfile
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -64,7 +65,8 @@ def attempt(name: str, competitor: Competitor, shape: dict[str, int], args: Any)
                 row |= measure(competitor, case, args)
         except Exception as error:  # a package is missing, memory is short: the others go on
             lines = str(error).strip().splitlines() or [""]
-            row["error"] = f"{type(error).__name__}: {lines[0]}"[:200]
+            text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]  # Dynamo's
+            row["error"] = f"{type(error).__name__}: {text}"[:200]
     return {**row, **provenance()}
 
 
@@ -74,10 +76,10 @@ def warm_up(device: str) -> None:
     layer(torch.ones(64, 64, device=device, dtype=torch.bfloat16)).sum().backward()
 
 
-def chosen(name: str, args: argparse.Namespace) -> bool:
-    """Whether patterns ask for it."""
-    matches = [any(fnmatchcase(name, p) for p in patterns) for patterns in (args.only, args.skip)]
-    return matches[0] and not matches[1]
+def chosen(names: Iterable[str], args: argparse.Namespace) -> list[str]:
+    """Those that patterns ask for, in the order of the patterns."""
+    names = [name for name in names if not any(fnmatchcase(name, p) for p in args.skip)]
+    return list(dict.fromkeys(n for p in args.only for n in names if fnmatchcase(n, p)))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -92,9 +94,10 @@ def run(args: argparse.Namespace) -> None:
             raise SystemExit(f"{args.out} has results of another shape: choose another --out")
     here, rows = provenance()["device"], results["rows"]
     known = {row["name"]: row for row in rows if row["device"] == here}
-    todo = {n: c for n, c in competitors(args.shape).items() if chosen(n, args)}
+    everybody = competitors(args.shape)
+    todo = {name: everybody[name] for name in chosen(everybody, args)}
     if not todo:
-        raise SystemExit(f"nobody is asked for; there are: {', '.join(competitors(args.shape))}")
+        raise SystemExit(f"nobody is asked for; there are: {', '.join(everybody)}")
     order = [name for name in todo if name not in known]
     order += [name for name in todo if "error" in known.get(name, {})]
     warm_up(args.device)
