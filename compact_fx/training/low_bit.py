@@ -96,7 +96,7 @@ def encode(states: Iterable[dict[str, Any]], signs: Mapping[str, bool]) -> None:
     for (name, device, _), members in alike.items():
         values = [state[name] for _, state in members]
         noise = noise_of(max(count for count, _ in members), name, device)
-        codes, scale = _run(quantize, signs[name], _joined(values), noise)
+        codes, scale = _run(quantize, _joined(values), noise, signed=signs[name])
         # Of their own: one weight that is not stepped again would keep all of them alive.
         codes_of, scale_of = _owned(_parts(values, codes)), _owned(_parts(values, scale, 1))
         for (_, state), value, own, own_scale in zip(
@@ -116,7 +116,7 @@ def decode(states: Iterable[Mapping[str, Any]], signs: Mapping[str, bool]) -> li
     for (name, _), members in alike.items():
         values = [state[name] for state in members]
         scales = [state.pop(name + _SCALE) for state in members]
-        flat = _run(dequantize, signs[name], _joined(values), _joined(scales, 1))
+        flat = _run(dequantize, _joined(values), _joined(scales, 1), signed=signs[name])
         for state, value, own in zip(members, values, _parts(values, flat), strict=True):
             state[name] = own.view(value.shape)
     return decoded
@@ -207,7 +207,12 @@ def coded(state: Mapping[str, Any], signs: Mapping[str, bool]) -> dict[str, Any]
 def noise_of(count: int, name: str, device: torch.device) -> Tensor:
     """What a moment's values are rounded with, as a function of how often they were: see above."""
     key = torch.full((), fold_in(count, salt_of(name)), dtype=torch.int64, device=device)
-    index = torch.arange(_ROWS * BLOCK, dtype=torch.int64, device=device)
+    noise: Tensor = _run(_noise, key)
+    return noise
+
+
+def _noise(key: Tensor) -> Tensor:
+    index = torch.arange(_ROWS * BLOCK, dtype=torch.int64, device=key.device)
     words = column_words(key, index) & ((1 << _DROPPED) - 1)
     return words.to(torch.int32).view(_ROWS, BLOCK)
 
@@ -220,14 +225,16 @@ def _is_large(moment: Any) -> bool:
 # --- on a GPU one fused kernel for all weights; operator by operator they would be twenty ---------
 
 
-def _run(function: Callable[..., Any], signed: bool, *tensors: Tensor) -> Any:
+def _run(function: Callable[..., Any], *tensors: Tensor, **settings: bool) -> Any:
     if tensors[0].device.type != "cuda":
-        return function(*tensors, signed=signed)
+        return function(*tensors, **settings)
     like = tuple((t.shape, t.dtype, t.device) for t in tensors)
-    return _compiled(function, signed, like)(*tensors)
+    return _compiled(function, tuple(settings.items()), like)(*tensors)
 
 
 @functools.cache
-def _compiled(function: Callable[..., Any], signed: bool, like: tuple[Any, ...]) -> Any:
+def _compiled(
+    function: Callable[..., Any], settings: tuple[tuple[str, bool], ...], like: tuple[Any, ...]
+) -> Any:
     examples = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in like]
-    return _torch.compile_function(functools.partial(function, signed=signed), *examples)
+    return _torch.compile_function(functools.partial(function, **dict(settings)), *examples)

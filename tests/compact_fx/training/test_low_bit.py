@@ -506,9 +506,9 @@ def test_all_weights_are_rounded_at_once_and_in_few_lengths(monkeypatch):
     """Also of odd sizes and other numbers of steps: a length is a kernel to compile."""
     calls = []
 
-    def run(function, signed, first, *others):
-        calls.append((function, signed, first.numel()))
-        return function(first, *others, signed=signed)
+    def run(function, first, *others, **settings):
+        calls.append((function.__name__, first.numel()))
+        return function(first, *others, **settings)
 
     monkeypatch.setattr(low_bit, "_run", run)
     states = [{"exp_avg": spread(n), "exp_avg_sq": spread(n, signed=False)} for n in (4097, 5120)]
@@ -518,7 +518,8 @@ def test_all_weights_are_rounded_at_once_and_in_few_lengths(monkeypatch):
     calls.clear()
     low_bit.encode(states, SIGNS)
     decoded = low_bit.decode(states, SIGNS)
-    assert len(calls) == 4
+    rounded = [name for name, _ in calls if name != "_noise"]
+    assert rounded == ["quantize", "quantize", "dequantize", "dequantize"]
     for old, new in zip(before, decoded, strict=True):
         for name in SIGNS.keys() & old.keys():
             assert ((new[name] - old[name]).abs() <= old[name].abs() / 7 + 1e-7).all()
@@ -526,6 +527,27 @@ def test_all_weights_are_rounded_at_once_and_in_few_lengths(monkeypatch):
     assert len(lengths) < 8 * 13
     for n in (1, 17, 4095):
         assert 256 * n <= len(low_bit._joined([torch.empty(256 * n)])) <= 256 * n * 1.125
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("signed", [True, False])
+def test_compiled_kernels_do_what_operators_do(signed):
+    """What a GPU runs, here in C++: to the bit."""
+
+    def compiled(function, *tensors, **settings):
+        like = tuple((t.shape, t.dtype, t.device) for t in tensors)
+        return low_bit._compiled(function, tuple(settings.items()), like)(*tensors)
+
+    key = torch.tensor(2**40 + 7)
+    noise = compiled(low_bit._noise, key)
+    assert torch.equal(noise, low_bit._noise(key))
+    values = spread(4096, signed=signed)
+    codes, scale = low_bit.quantize(values, noise, signed=signed)
+    found, found_scale = compiled(low_bit.quantize, values, noise, signed=signed)
+    assert torch.equal(found, codes)
+    assert torch.equal(found_scale, scale)
+    back = compiled(low_bit.dequantize, codes, scale, signed=signed)
+    assert torch.equal(back, low_bit.dequantize(codes, scale, signed=signed))
 
 
 @pytest.mark.parametrize("shape", [(96, 64), (4097,)])
