@@ -172,8 +172,12 @@ def _untouched(
     if plan.saved is None:  # it is compiled as torch would
         cut, plan = before, Plan(sites=plan.sites)
     else:
-        treated = {"saved": plan.saved, "saved_share": plan.saved_share}
-        plan = Plan(sites=plan.sites, recompute=plan.recompute, **treated)
+        plan = Plan(
+            sites=plan.sites,
+            recompute=plan.recompute,
+            saved=plan.saved,
+            saved_share=plan.saved_share,
+        )
         cut = _try(joint, plan).cut
     costs = (SiteCost(flops_before=flops, flops_after=flops) for flops, _ in flops_of(plan, uses))
     account = Account(saved_before=before.saved, saved_after=cut.saved, sites=tuple(costs))

@@ -335,7 +335,9 @@ def _analyse(
     plan = choose_sites(joint, config)
     other = replace(config, gradients="dense" if config.gradients == "sketched" else "sketched")
     plans = {config.gradients: plan, other.gradients: _treated_alike(joint, other, plan)}
-    graphs = {gradients: CompactedGraphs(joint, plan) for gradients, plan in plans.items()}
+    graphs: dict[str, CompactedGraphs] = {
+        gradients: CompactedGraphs(joint, plan) for gradients, plan in plans.items()
+    }
     cuts = {
         COMPILED: graphs["dense"].cut_before,
         DENSE: graphs["dense"].cut,
