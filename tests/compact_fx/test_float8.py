@@ -156,14 +156,14 @@ def test_what_crosses_in_8_bits(relative_error):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("recipe", [HIGH_PRECISION, "rowwise", "tensorwise"])
+@pytest.mark.parametrize("recipe", [HIGH_PRECISION, TENSORWISE, "rowwise", "tensorwise"])
 def test_products_in_float8_are_left_alone(recipe):
     """Not emulated: shapes alone, since not every torch has these kernels for a CPU."""
     model = make(recipe, torch.bfloat16, emulate=False)
     x = torch.randn(4, 32, 64, dtype=torch.bfloat16)
     report = explain(model, x, rank=0.25).report
     (plan,) = report.plans
-    if recipe == HIGH_PRECISION:
+    if recipe in (HIGH_PRECISION, TENSORWISE):
         assert {site.weight for site in plan.sketched} == WEIGHTS
         return
     assert not plan.sketched
