@@ -141,6 +141,11 @@ class WeightRecord:
         self.count()
         return was_in_graph
 
+    @property
+    def is_counted(self) -> bool:
+        """Whether an optimizer that is seen has stepped the weight since its last graph."""
+        return not self.in_graph and self._user is not None and self._user() is not None
+
     def count(self) -> None:
         """One step more."""
         self.in_graph = self.in_dense_graph = False
@@ -308,13 +313,13 @@ def count_step(weights: Iterable[Tensor]) -> None:
     Projections change every `update_interval` steps of a weight. Steps of optimizers that hold the
     model's own parameters, or those that FSDP shards, are seen; call this once after each step
     where something else updates the weights: fp32 master copies, one flat parameter, a loop by
-    hand.
+    hand. What an optimizer that is seen has just stepped does not count again.
 
     Args:
         weights: such as `model.parameters()`.
     """
     _note_change()
-    records = [record_of(weight) for weight in weights]
+    records = [r for weight in weights if not (r := record_of(weight)).is_counted]
     watches = {record.watch for record in records if record.watch is not None}
     for watch in watches - {record.watch for record in records if record.in_graph}:
         watch.stepped_unsketched()

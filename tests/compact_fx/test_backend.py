@@ -8,7 +8,8 @@ from torch import nn
 
 import compact_fx.compiler
 import compact_fx.passes.apply_plan
-from compact_fx import CannotCompact, compact_backend, count_step, explain
+from compact_fx import CannotCompact, CompactAdamW, compact_backend, count_step, explain
+from compact_fx.training.weights import steps_of
 
 
 def mlp() -> nn.Module:
@@ -42,6 +43,23 @@ def losses(steps: int, optimizer_of=None, model=None, micro_batches: int = 1, **
         optimizer.step()
         found.append(loss.item())
     return found, compact, model
+
+
+@pytest.mark.parametrize("cleared", [False, True])
+def test_a_step_that_was_seen_is_not_counted_by_hand_again(cleared):
+    model, compact = mlp(), compact_backend(inner="aot_eager", strict=True)
+    step, optimizer = torch.compile(model, backend=compact), CompactAdamW(model.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            step(batch()).sum().backward()
+            optimizer.step()
+            if cleared:
+                optimizer.zero_grad()
+            count_step(model.parameters())
+            optimizer.zero_grad()
+    assert {steps_of(weight) for weight in model.parameters()} == {3}
+    assert not compact.report().unsketched
 
 
 def test_same_seed_same_losses():
