@@ -15,6 +15,7 @@ from torch.optim.optimizer import (
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from compact_fx import _torch
+from compact_fx.errors import warn_at_caller
 from compact_fx.plan import Side
 from compact_fx.projections import Basis, Projection, Version
 from compact_fx.training.exchange import Exchange
@@ -307,21 +308,31 @@ def _warn_of_dense_step(optimizer: Optimizer, records: Iterable[WeightRecord]) -
         watch.stepped_densely(type(optimizer).__name__)
 
 
+@functools.cache
+def _warn_of_second_count() -> None:
+    warn_at_caller(
+        "count_step counts a step that an optimizer has counted already: leave the call away where "
+        "an optimizer holds the model's own weights"
+    )
+
+
 def count_step(weights: Iterable[Tensor]) -> None:
     """Say that these weights were stepped, where no torch.optim.Optimizer holds them.
 
     Projections change every `update_interval` steps of a weight. Steps of optimizers that hold the
     model's own parameters, or those that FSDP shards, are seen; call this once after each step
     where something else updates the weights: fp32 master copies, one flat parameter, a loop by
-    hand. What an optimizer that is seen has just stepped does not count again.
+    hand. Where an optimizer was seen to step them it counts a second step, and a warning says so.
 
     Args:
         weights: such as `model.parameters()`.
     """
     _note_change()
-    records = [r for weight in weights if not (r := record_of(weight)).is_counted]
+    records = [record_of(weight) for weight in weights]
+    if any(record.is_counted for record in records):
+        _warn_of_second_count()
     watches = {record.watch for record in records if record.watch is not None}
-    for watch in watches - {record.watch for record in records if record.in_graph}:
+    for watch in watches - {r.watch for r in records if r.in_graph or r.is_counted}:
         watch.stepped_unsketched()
     for record in records:
         record.count()
