@@ -58,7 +58,7 @@ def test_it_is_raised_whatever_strict_says(make_llama, tokens):
         step(input_ids=tokens, labels=tokens)
 
 
-@pytest.mark.parametrize("treatment", [LADDER[1], LADDER[3]], ids=str)
+@pytest.mark.parametrize("treatment", LADDER[1:], ids=str)
 def test_every_treatment_computes_the_gradients(
     make_llama, tokens, gradients_of, monkeypatch, treatment
 ):
