@@ -31,10 +31,14 @@ def build(shape: dict[str, int], device: str) -> nn.Module:
     return model.to(torch.bfloat16)
 
 
+TENSORWISE = "tensorwise_with_gw_hp"
+"""torchao's fastest recipe, but for weight gradients, which stay in bf16 and can be sketched."""
+
+
 def to_float8(model: nn.Module, recipe: str) -> nn.Module:
     """The model with products in float8 in all linear layers but heads; a CPU emulates them.
 
-    recipe: one of torchao's, or "tensorwise_with_gw_hp": weight gradients stay in bf16.
+    recipe: one of torchao's, or TENSORWISE.
     """
     from torchao.float8 import (
         CastConfig,
@@ -43,7 +47,7 @@ def to_float8(model: nn.Module, recipe: str) -> nn.Module:
         convert_to_float8_training,
     )
 
-    if recipe == "tensorwise_with_gw_hp":
+    if recipe == TENSORWISE:
         as_it_is = [CastConfig(scaling_type=ScalingType.DISABLED) for _ in range(2)]
         config = Float8LinearConfig(
             cast_config_input_for_grad_weight=as_it_is[0],
