@@ -89,9 +89,9 @@ class Measured:
         first: seconds of the first step, which compiles.
         seconds: of each later step.
         optimizer_ms: of each of their optimizer steps.
-        peak: bytes at the peak of these steps.
-        kept: bytes more after a forward pass than before it.
-        gradients: bytes more after the backward pass than before the forward pass.
+        peak: bytes at the peak of these steps, with all that CUDA graphs have for themselves.
+        kept: bytes more after a forward pass than before it; None within CUDA graphs, and
+        gradients: bytes more after the backward pass than before the forward pass; likewise.
         lasting: bytes more after all steps than before the first: states, and what belongs to them.
     """
 
@@ -120,6 +120,13 @@ class Measured:
 def gigabytes(count: int | None) -> float | None:
     """10⁹ bytes, where they were counted."""
     return None if count is None else count / 1e9
+
+
+def bytes_of_graphs() -> int:
+    """What CUDA graphs have reserved and the allocator does not count: replays allocate nothing."""
+    segments = torch.cuda.memory_snapshot()
+    own = [s for s in segments if tuple(s["segment_pool_id"]) != (0, 0)]
+    return sum(segment["total_size"] - segment["allocated_size"] for segment in own)
 
 
 def measure_steps(
@@ -174,13 +181,15 @@ def measure_steps(
         return end - start, 1e3 * (end - before_optimizer), kept, gradients
 
     fresh = allocated()
+    others = bytes_of_graphs() if on_cuda else 0  # of who went before
     first, *_ = step()
     for _ in range(warmup):
         step()
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
     results = [step() for _ in range(steps)]
-    peak = torch.cuda.max_memory_allocated() if on_cuda else None
+    recorded = bytes_of_graphs() - others if on_cuda else 0
+    peak = torch.cuda.max_memory_allocated() + recorded if on_cuda else None
     optimizer.zero_grad()
     seconds, optimizer_ms, kept, gradients = zip(*results, strict=True)
     return Measured(
@@ -188,7 +197,7 @@ def measure_steps(
         seconds=list(seconds),
         optimizer_ms=list(optimizer_ms),
         peak=peak,
-        kept=kept[-1] if on_cuda else None,
-        gradients=gradients[-1] if on_cuda else None,
+        kept=kept[-1] if on_cuda and not recorded else None,
+        gradients=gradients[-1] if on_cuda and not recorded else None,
         lasting=allocated() - fresh if on_cuda else None,
     )

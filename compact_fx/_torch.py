@@ -601,6 +601,16 @@ def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, 
     return merged
 
 
+def _any_on_cuda(values: Iterable[Any]) -> bool:
+    return any(isinstance(value, torch.Tensor) and value.is_cuda for value in values)
+
+
+def records_cuda_graphs(options: Mapping[str, Any], example_inputs: Iterable[Any]) -> bool:
+    """Whether Inductor, with these options, records what it compiles for these inputs."""
+    is_on = options.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs)
+    return bool(is_on) and _any_on_cuda(example_inputs)
+
+
 def compile_graph(
     module: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -624,10 +634,13 @@ def compile_graph(
             patches = dict(options)
             if partitioner is not None:
                 patches["custom_partitioner_fn"] = partitioner
-                if any(isinstance(t, torch.Tensor) and t.is_cuda for t in example_inputs):
+                if _any_on_cuda(example_inputs):
                     # A buffer kept for the next layer's is there while this one's attention runs;
                     # to ask CUDA's caching allocator again costs nothing.
                     patches.setdefault("allow_buffer_reuse", False)
+                    # Below the peak Inductor runs what is small first: it rebuilt q, k and v of
+                    # all layers at the beginning, before a peak that it did not foresee.
+                    patches.setdefault("reorder_for_peak_memory", False)
             return compile_fx(module, example_inputs, config_patches=patches)  # type: ignore[no-any-return,return-value]
 
         def run_as_is(graph_module: fx.GraphModule, _: Sequence[Any]) -> CompiledFunction:

@@ -162,7 +162,12 @@ class GraphCompiler:
     def _compile_plan(self, plan: Plan, watch: Watch) -> Callable[..., Any]:
         config = self._config
         inputs = GraphInputs(
-            plan, watch, seed=config.seed, interval=config.interval, follow=config.follow
+            plan,
+            watch,
+            seed=config.seed,
+            interval=config.interval,
+            follow=config.follow,
+            in_place=_torch.records_cuda_graphs(self._options, self._example_inputs),
         )
         module = _torch.copy_graph_module(self._module)
         extra = map(_torch.with_fixed_sizes, inputs.examples(self._example_inputs))

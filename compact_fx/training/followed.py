@@ -86,21 +86,26 @@ class Followed:
             self._room = None
             self._leaves.clear()
 
-    def leaf(self, dtype: torch.dtype) -> Tensor:
+    def leaf(self, dtype: torch.dtype, place: Tensor | None = None) -> Tensor:
         """P as a graph gets it: a leaf whose gradient is Y.
 
         A changed P gets another leaf: a backward pass that comes late says nothing of the new one.
+
+        Args:
+            place: memory of the leaf, which P is written into; by default P's own.
         """
-        leaf = self._leaves.get(dtype)
+        leaf = self._leaves.get(dtype) if place is None else None
         if leaf is None:
-            with torch.inference_mode(False):
-                leaf = self.version.matrix.detach().to(dtype).view(self.version.matrix.shape)
-                leaf.requires_grad_()
+            with torch.inference_mode(False), torch.no_grad():
+                matrix = self.version.matrix.detach()
+                own = matrix.to(dtype) if place is None else place.copy_(matrix)
+                leaf = own.view(matrix.shape).detach().requires_grad_()
             reference, version = weakref.ref(self), self.version
             leaf.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                 lambda leaf: _receive(leaf, reference(), version)
             )
-            self._leaves[dtype] = leaf
+            if place is None:
+                self._leaves[dtype] = leaf
         return leaf
 
     def receive(self, gradient: Tensor) -> None:

@@ -28,16 +28,26 @@ class GraphInputs:
 
     Args:
         seed, interval, follow: of the settings, see `CompactConfig`.
+        in_place: new values in old tensors after all, for CUDA graphs, which are recorded anew
+            where memory is not the same; a backward pass that is still to come raises then.
     """
 
     def __init__(
-        self, plan: Plan, watch: Watch, *, seed: int, interval: int, follow: float = 0.0
+        self,
+        plan: Plan,
+        watch: Watch,
+        *,
+        seed: int,
+        interval: int,
+        follow: float = 0.0,
+        in_place: bool = False,
     ) -> None:
         self._plan = plan
         self._watch = watch
         self._seed = seed
         self._interval = interval
         self._follow = follow
+        self._in_place = in_place
         self._factors = plan.factor_inputs
         self._sides = {site.index: site.side for site in plan.sketched}
         named = {site.projection: site.weight for site in reversed(plan.sketched)}
@@ -117,16 +127,18 @@ class GraphInputs:
             self._last = {k: e for k, e in self._last.items() if e.is_alive()}
         bases: list[Basis] = []
         sources: list[Tensor] = []
+        places = self._places(old, weights[0])
         for number, (group, own) in enumerate(zip(groups, self._owners(records), strict=True)):
             projection = self._plan.projections[number].with_salt(group.root().salt)
             if number in followed:
                 own_basis: Basis = followed[number].basis(projection, self._seed)
-                sources.append(followed[number].leaf(projection.dtype))
+                sources.append(followed[number].leaf(projection.dtype, places[number]))
             else:
                 own_basis = self._drawn(projection, group.root())
             bases.append(self._shared(own_basis, own))
             if number not in followed:
-                sources.append(bases[-1].source(device))
+                source, place = bases[-1].source(device), places[number]
+                sources.append(source if place is None else place.copy_(source))
         factor_bases = [bases[role.projection].along(role.dim) for role in self._factors]
         for index, record in records.items():
             record.watch, record.is_factor = self._watch, False
@@ -149,6 +161,7 @@ class GraphInputs:
             versions=versions,
             factor_bases=factor_bases,
             inputs=[*sources, *leaves],
+            places=places,
         )
         if old is not None:
             entry.take_over(old)
@@ -214,6 +227,15 @@ class GraphInputs:
                 versions.append((root.salt, root.steps // self._interval))
         return versions
 
+    def _places(self, old: "_Entry | None", like: Tensor) -> "list[Tensor | None]":
+        """Of each source the memory that it stays in; None where it need not."""
+        if not self._in_place:
+            return [None] * len(self._plan.projections)
+        if old is not None and all(p is None or p.device == like.device for p in old.places):
+            return old.places
+        with torch.inference_mode(False):
+            return [p.empty_source(like.detach()) for p in self._plan.projections]
+
     def _drawn(self, projection: Projection, group: Group) -> Basis:
         """A projection in the version that the steps of its weights say."""
         generation = group.steps // self._interval
@@ -262,6 +284,7 @@ class _Entry:
     versions: list[object]
     factor_bases: list[Basis]
     inputs: list[Tensor]
+    places: "list[Tensor | None]"
     calls: int = 0
     is_stepped: bool = False
     changed: int = 0

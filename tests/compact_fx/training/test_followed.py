@@ -14,9 +14,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from compact_fx import CompactAdamW, compact_backend, compact_optimizer, count_step, set_steps
+from compact_fx import (
+    CompactAdamW,
+    _torch,
+    compact_backend,
+    compact_optimizer,
+    count_step,
+    set_steps,
+)
 from compact_fx.training.followed import _warn_of_none, change_those_due
 from compact_fx.training.gradients import SketchedGrad
+from compact_fx.training.inputs import GraphInputs
 from compact_fx.training.moments import _warn_of_unknown
 from compact_fx.training.weights import known_record
 
@@ -565,6 +573,68 @@ def test_on_cuda_it_is_the_run_of_the_cpu(mode):
     torch.testing.assert_close(torch.tensor(cuda), torch.tensor(cpu), rtol=1e-3, atol=1e-4)
     # Columns of equal size may change places, spaces may not.
     assert (p.T @ q).norm() > 0.99 * p.norm()
+
+
+# --- CUDA graphs: what is recorded stays where it is --------------------------------------------
+
+
+@pytest.mark.parametrize("projection", ["tracked", "countsketch", "gaussian"])
+def test_recorded_graphs_get_new_projections_in_the_old_memory(projection, monkeypatch):
+    runs = []
+    for is_recorded in (False, True):
+        monkeypatch.setattr(_torch, "records_cuda_graphs", lambda *_, on=is_recorded: on)
+        places = []
+        place_of = GraphInputs.__call__
+
+        def call(self, arguments, place_of=place_of, places=places):
+            inputs = place_of(self, arguments)
+            places.append([t.data_ptr() for t in inputs[: len(self._plan.projection_inputs)]])
+            return inputs
+
+        with monkeypatch.context() as patch:
+            patch.setattr(GraphInputs, "__call__", call)
+            model = make()
+            step = compiled(model, projection=projection)
+            optimizer = CompactAdamW(model.parameters(), lr=1e-2)
+            losses = train(model, step, optimizer, 10)
+        runs.append(losses)
+        assert all(place == places[0] for place in places) or not is_recorded
+    assert runs[0] == runs[1]
+
+
+def test_a_recorded_backward_pass_raises_where_its_projection_is_another(monkeypatch):
+    """Elsewhere it has the one of its forward pass, see the test of late backward passes."""
+    monkeypatch.setattr(_torch, "records_cuda_graphs", lambda *_: True)
+    model = make()
+    step, optimizer = compiled(model), CompactAdamW(model.parameters(), lr=1e-2)
+    train(model, step, optimizer, 4)
+    late = loss_of(step, data(4))
+    train(model, step, optimizer, 1, first=4)
+    loss_of(step, data(5))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        late.backward()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("projection", ["tracked", "countsketch"])
+def test_cuda_graphs_are_recorded_once(projection):
+    from torch._inductor.cudagraph_trees import get_manager
+
+    model = make().to("cuda")
+    mode = {"inner": "inductor", "mode": "reduce-overhead"}
+    step = compiled(model, projection=projection, **mode)
+    optimizer = CompactAdamW(model.parameters(), lr=1e-3, fused=True)
+
+    def recordings(steps):
+        for i in range(steps):
+            torch.compiler.cudagraph_mark_step_begin()
+            step(data(i).to("cuda")).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return repr(get_manager(0, create_if_none_exists=False).graph_counter)
+
+    few, many = recordings(4), recordings(12)
+    assert few == many != "count(0)"
 
 
 # --- saved, loaded, copied ------------------------------------------------------------------------
