@@ -1,6 +1,7 @@
 """Train a model of LLaMA-3-8B's shape, all of it, on a GPU of 24 GB without paging.
 
     python examples/train_8b.py --memory 24             # on a GPU
+    python examples/train_8b.py --memory 80 --no-checkpoints --rank 0.125 --batch 6 --at-once 2048
     python examples/train_8b.py --tiny                  # the same code on a CPU, in a minute
 
 The model is the one in transformers, unmodified, with random weights, and reads the sources of
@@ -56,12 +57,15 @@ STATES = {"bf16": (torch.bfloat16, 2), "fp8": ("fp8", 1)}
 """By name: what `CompactAdamW` is given, and bytes of a moment."""
 
 
-def make_model(config: LlamaConfig, device: torch.device) -> LlamaForCausalLM:
+def make_model(
+    config: LlamaConfig, device: torch.device, *, checkpoints: bool = True
+) -> LlamaForCausalLM:
     """Random weights in bf16, made where they stay."""
     torch.manual_seed(0)
     with device:
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if checkpoints:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
 
@@ -115,7 +119,7 @@ def train(args: argparse.Namespace, config: LlamaConfig, device: torch.device) -
     if device.type == "cuda" and args.memory is not None:
         whole = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory * 1e9 / whole))
-    model = make_model(config, device)
+    model = make_model(config, device, checkpoints=not args.no_checkpoints)
     model.model.embed_tokens.requires_grad_(not args.freeze_embedding)
     backend = compact_backend(rank=args.rank, strict=True)
     part = compile_parts(model, backend)
@@ -131,7 +135,9 @@ def train(args: argparse.Namespace, config: LlamaConfig, device: torch.device) -
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        line = f"step {step}: loss {loss.item():.4f}, {time.perf_counter() - start:.2f} s"
+        value, seconds = loss.item(), time.perf_counter() - start
+        rate = tokens[:, 1:].numel() / seconds
+        line = f"step {step}: loss {value:.4f}, {seconds:.2f} s, {rate:.0f} tokens/s"
         if device.type == "cuda":
             line += f", peak {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB"
         print(line, flush=True)
@@ -153,6 +159,7 @@ def main() -> None:
     add("--batch", type=int, default=1, help="sequences (1)")
     add("--seq", type=int, help="tokens in one (2048; tiny: 64)")
     add("--at-once", type=int, default=256, help="tokens of which logits are there (256)")
+    add("--no-checkpoints", action="store_true", help="layers keep their activations")
     add("--lr", type=float, default=1e-4, help="(1e-4)")
     add("--steps", type=int, default=8, help="(8)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -160,6 +167,8 @@ def main() -> None:
     args.seq = args.seq or (64 if args.tiny else 2048)
     config = LlamaConfig(**(TINY if args.tiny else SHAPE), use_cache=False)
     if args.count:
+        if args.no_checkpoints:
+            parser.error("--count is of a run with checkpoints: leave --no-checkpoints away")
         _, moment = STATES[args.state_dtype]
         parts = counted(config, args.rank, moment, args.batch, args.seq)
         rows = [[name, f"{size / 1e9:.2f}"] for name, size in parts.items()]
