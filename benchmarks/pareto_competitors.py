@@ -133,6 +133,9 @@ def competitors(name: str) -> dict[str, Competitor]:
         captured["torch.compile, CUDA graphs"] = partial(compiled, **graphs)
         captured[f"compact {at}, CUDA graphs"] = partial(ours, **graphs)
         captured[f"compact {at}, int8, CUDA graphs"] = partial(ours, **low_bit, **graphs)
+    if name == "350m":
+        label = f"compact {at}, int8, loss in chunks, CUDA graphs"
+        captured[label] = partial(ours, chunks=True, **low_bit, **graphs)
     return {
         "torch.compile": compiled,
         f"compact {at}": ours,
@@ -156,9 +159,12 @@ def competitors(name: str) -> dict[str, Competitor]:
                 "": {},
                 ", int8, 8-bit moments": smallest,
                 ", float8 tensorwise": {"float8": TENSORWISE},
-                ", float8 tensorwise, memory budget 0.7": {
-                    "float8": TENSORWISE,
-                    "memory_budget": 0.7,
+                **{
+                    f", float8 tensorwise, memory budget {share}": {
+                        "float8": TENSORWISE,
+                        "memory_budget": share,
+                    }
+                    for share in (0.7, 0.6)
                 },
                 ", float8 tensorwise, int8, 8-bit moments": {"float8": TENSORWISE, **smallest},
                 ", 8-bit moments, checkpointing": {"state_dtype": "fp8", "checkpointing": True},

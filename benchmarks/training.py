@@ -90,6 +90,7 @@ class Measured:
         seconds: of each later step.
         optimizer_ms: of each of their optimizer steps.
         peak: bytes at the peak of these steps, with all that CUDA graphs have for themselves.
+        reserved: the most that the allocator had from CUDA in these steps, gaps included.
         kept: bytes more after a forward pass than before it; None within CUDA graphs, and
         gradients: bytes more after the backward pass than before the forward pass; likewise.
         lasting: bytes more after all steps than before the first: states, and what belongs to them.
@@ -99,6 +100,7 @@ class Measured:
     seconds: list[float]
     optimizer_ms: list[float]
     peak: int | None
+    reserved: int | None
     kept: int | None
     gradients: int | None
     lasting: int | None
@@ -111,6 +113,7 @@ class Measured:
             "ms_slowest": 1e3 * max(self.seconds),
             "ms_mean": 1e3 * statistics.mean(self.seconds),
             "peak_gb": gigabytes(self.peak),
+            "reserved_gb": gigabytes(self.reserved),
             "kept_gb": gigabytes(self.kept),
             "optimizer_ms": statistics.median(self.optimizer_ms),
             "first_step_s": self.first,
@@ -183,13 +186,16 @@ def measure_steps(
     fresh = allocated()
     others = bytes_of_graphs() if on_cuda else 0  # of who went before
     first, *_ = step()
-    for _ in range(warmup):
+    for number in range(warmup):
+        if on_cuda and number == warmup - 1:
+            torch.cuda.empty_cache()  # of compiling
         step()
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
     results = [step() for _ in range(steps)]
     recorded = bytes_of_graphs() - others if on_cuda else 0
     peak = torch.cuda.max_memory_allocated() + recorded if on_cuda else None
+    reserved = torch.cuda.max_memory_reserved() if on_cuda else None
     optimizer.zero_grad()
     seconds, optimizer_ms, kept, gradients = zip(*results, strict=True)
     return Measured(
@@ -197,6 +203,7 @@ def measure_steps(
         seconds=list(seconds),
         optimizer_ms=list(optimizer_ms),
         peak=peak,
+        reserved=reserved,
         kept=kept[-1] if on_cuda and not recorded else None,
         gradients=gradients[-1] if on_cuda and not recorded else None,
         lasting=allocated() - fresh if on_cuda else None,
