@@ -9,7 +9,7 @@ from torch import Tensor
 from compact_fx import _torch
 from compact_fx.projections import Basis
 from compact_fx.training.gradients import SketchedGrad
-from compact_fx.training.weights import known_record
+from compact_fx.training.weights import described, known_record
 
 
 def is_own_hook(hook: object) -> bool:
@@ -23,7 +23,7 @@ def refuse_hooks(weights: Iterable[Tensor]) -> None:
         own = weight._post_accumulate_grad_hooks
         if weight._backward_hooks or (own and not all(map(is_own_hook, own.values()))):
             raise RuntimeError(
-                f"a hook of the weight of shape {tuple(weight.shape)} would not see its sketched "
+                f"a hook of the weight of shape {described(weight)} would not see its sketched "
                 'gradient: exclude the weight, or use gradients="dense"'
             )
 
@@ -55,7 +55,7 @@ def _deliver(leaf: Tensor, weight: Tensor | None, basis: Basis) -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "create_graph=True with sketched gradients: what depends on the gradient of a weight, "
-            f"of shape {tuple(weight.shape)}, would drop out of the loss. Exclude the weight, or "
+            f"of shape {described(weight)}, would drop out of the loss. Exclude the weight, or "
             'use gradients="dense"'
         )
     record = known_record(weight)
@@ -63,7 +63,7 @@ def _deliver(leaf: Tensor, weight: Tensor | None, basis: Basis) -> None:
     recomputed, record.recomputed = record.recomputed, None
     if recomputed is not None and recomputed != basis:
         raise RuntimeError(
-            f"the projection of the weight of shape {tuple(weight.shape)} has changed between a "
+            f"the projection of the weight of shape {described(weight)} has changed between a "
             "checkpointed forward pass and its backward pass, and another forward pass came in "
             "between: call backward before optimizer.step()"
         )

@@ -49,7 +49,7 @@ class GraphInputs:
         self._follow = follow
         self._in_place = in_place
         self._factors = plan.factor_inputs
-        self._sides = {site.index: site.side for site in plan.sketched}
+        self._sites = {site.index: site for site in plan.sketched}
         named = {site.projection: site.weight for site in reversed(plan.sketched)}
         self._names = [named.get(number, "") for number in range(len(plan.projections))]
         self._indices = tuple(dict.fromkeys(i for p in plan.projection_inputs for i in p.owners))
@@ -142,7 +142,9 @@ class GraphInputs:
         factor_bases = [bases[role.projection].along(role.dim) for role in self._factors]
         for index, record in records.items():
             record.watch, record.is_factor = self._watch, False
-            record.side = self._sides.get(index)
+            site = self._sites.get(index)
+            record.side = None if site is None else site.side
+            record.name = record.name or ("" if site is None else site.weight)
             record.settings = self._settings
         factor_records = [records[role.index] for role in self._factors]
         for record, basis in zip(factor_records, factor_bases, strict=True):

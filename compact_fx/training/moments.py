@@ -21,6 +21,7 @@ from compact_fx.projections import (
 )
 from compact_fx.training import low_bit
 from compact_fx.training.followed import Followed
+from compact_fx.training.weights import described
 
 Refresh = Literal["keep", "project", "reset"]
 REFRESHES: tuple[Refresh, ...] = ("keep", "project", "reset")
@@ -46,8 +47,11 @@ _DTYPE_IDS = {
 }
 
 
-def check(state: Basis, gradient: Basis, shape: tuple[int, ...]) -> None:
+def check(state: Basis, gradient: Basis, weight: str) -> None:
     """Raise where a gradient cannot be used with a state.
+
+    Args:
+        weight: its shape and name.
 
     Raises:
         ValueError: they have different settings; names the first that differs.
@@ -63,7 +67,7 @@ def check(state: Basis, gradient: Basis, shape: tuple[int, ...]) -> None:
     for name, (old, new) in pairs.items():
         if old != new:
             raise ValueError(
-                f"the state of a weight of shape {shape} has {name}={old}, its gradient has "
+                f"the state of a weight of shape {weight} has {name}={old}, its gradient has "
                 f"{name}={new}: use the settings that the state was saved with"
             )
 
@@ -176,7 +180,7 @@ def restored(state: Mapping[str, Any], weight: Tensor, known: list[Version]) -> 
     Raises:
         ValueError: what the state says does not fit together, or not to the weight.
     """
-    whose = f"the saved state of a weight of shape {tuple(weight.shape)}"
+    whose = f"the saved state of a weight of shape {described(weight)}"
     if "projector" in state:
         raise ValueError(
             f"{whose} has moments in a projection of another method (GaLore and APOLLO keep "

@@ -17,6 +17,7 @@ from compact_fx.training.gradients import ConsumedGrad, sketched_part
 from compact_fx.training.moments import REFRESHES, Refresh
 from compact_fx.training.weights import (
     any_sketched,
+    described,
     known_record,
     record_of,
     restore_steps,
@@ -461,7 +462,7 @@ class CompactOptimizer(torch.optim.Optimizer):
         record = known_record(weight)
         if record is not None and record.in_dense_graph:
             raise ValueError(
-                f"the gradient of a weight of shape {tuple(weight.shape)} is dense, its state is "
+                f"the gradient of a weight of shape {described(weight)} is dense, its state is "
                 "sketched: a graph was compiled so that the gradient is dense (the report says "
                 "why); use the settings that the state was made with, or exclude the weight"
             )
@@ -478,7 +479,7 @@ class CompactOptimizer(torch.optim.Optimizer):
         if what not in self._warned:
             self._warned.add(what)
             warn_at_caller(
-                f"the gradient of a weight of shape {tuple(weight.shape)} {what}: it is brought "
+                f"the gradient of a weight of shape {described(weight)} {what}: it is brought "
                 "into the space of the sketch and stepped there. "
                 "Clipping by norm, scaling, adding and reading leave gradients sketched",
             )
@@ -488,11 +489,11 @@ class CompactOptimizer(torch.optim.Optimizer):
         if own is basis or not self.state.get(weight):
             return
         if own is not None:
-            moments.check(own, basis, tuple(weight.shape))
+            moments.check(own, basis, described(weight))
         elif "dense moments" not in self._warned:
             self._warned.add("dense moments")
             warn_at_caller(
-                f"the state of a weight of shape {tuple(weight.shape)} is dense, its gradient is "
+                f"the state of a weight of shape {described(weight)} is dense, its gradient is "
                 f"sketched (rank {basis.projection.rank}): the moments of such weights begin anew, "
                 "those of all others go on"
             )

@@ -108,7 +108,8 @@ class WeightRecord:
         listener: called with the weight when a sketched gradient has arrived.
         watch: of the backend that compiled its graph, and settings: of that as text.
         sharding: of what `fully_shard` gathers; None elsewhere.
-        exchange: averages its gradient over processes, under this name; None elsewhere.
+        exchange: averages its gradient over processes, under its name; None elsewhere.
+        name: in the model or, where nobody has said that, in its graph; empty before.
     """
 
     def __init__(self) -> None:
@@ -210,6 +211,13 @@ def _note_change() -> None:
 def known_record(weight: Tensor) -> WeightRecord | None:
     """The weight's record, None if nobody has asked for one."""
     return _records.get(weight)
+
+
+def described(weight: Tensor) -> str:
+    """For messages: the shape and, where it is known, the name."""
+    record = known_record(weight)
+    name = "" if record is None else record.name
+    return f"{tuple(weight.shape)} ({name})" if name else f"{tuple(weight.shape)}"
 
 
 def any_sketched() -> bool:

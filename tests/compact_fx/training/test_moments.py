@@ -53,7 +53,7 @@ def assert_same(found, expected):
 
 # --- from an optimizer of full size --------------------------------------------------------------
 
-ANEW = r"the state of a weight of shape \(\d+, \d+\) is dense.*sketched.*begin anew"
+ANEW = r"the state of a weight of shape \(\d+, \d+\) \(\S+\) is dense.*sketched.*begin anew"
 
 
 @pytest.mark.parametrize(

@@ -416,7 +416,7 @@ def test_what_is_no_class_of_optimizers_is_refused(optimizer_class):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0.5}, r"has rank=16, its gradient has rank=32"),
+        ({"rank": 0.5}, r"\(\d\.weight\) has rank=16, its gradient has rank=32"),
         ({"projection": "sparse"}, r"has kind=countsketch, its gradient has kind=sparse"),
         ({"gradients": "dense"}, None),
     ],
