@@ -430,6 +430,33 @@ def test_hooks_of_weights_are_refused(kind):
         once(model, backend())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("keeps", ["two passes", "zeros"])
+def test_gradients_that_stay_are_right_with_cuda_graphs_or_raise(keeps):
+    """A recorded graph writes its gradients where those of its last run are."""
+
+    def train(mode):
+        torch._dynamo.reset()
+        model = mlp().cuda()
+        step = torch.compile(model, backend=backend(inner="inductor", mode=mode))
+        optimizer = CompactAdamW(model.parameters(), lr=1e-2)
+        for _ in range(4):
+            for _ in range(1 + (keeps == "two passes")):
+                torch.compiler.cudagraph_mark_step_begin()
+                step(batch().cuda()).pow(2).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=keeps != "zeros")
+        return [weight.detach().clone() for weight in model.parameters()]
+
+    expected = train(None)
+    try:
+        weights = train("reduce-overhead")
+    except RuntimeError as error:
+        assert "has been overwritten" in str(error)  # noqa: PT017
+        return
+    torch.testing.assert_close(weights, expected, rtol=1e-3, atol=1e-4)
+
+
 # --- several processes ---------------------------------------------------------------------------
 
 
