@@ -133,9 +133,6 @@ def competitors(name: str) -> dict[str, Competitor]:
         captured["torch.compile, CUDA graphs"] = partial(compiled, **graphs)
         captured[f"compact {at}, CUDA graphs"] = partial(ours, **graphs)
         captured[f"compact {at}, int8, CUDA graphs"] = partial(ours, **low_bit, **graphs)
-    if name == "roberta":
-        label = f"compact {at}, int8, activation memory budget 0.8, CUDA graphs"
-        captured[label] = partial(ours, activation_budget=0.8, **low_bit, **graphs)
     if name == "350m":
         label = f"compact {at}, int8, loss in chunks, CUDA graphs"
         captured[label] = partial(ours, chunks=True, **low_bit, **graphs)
@@ -325,15 +322,9 @@ def compact(
     state_dtype: Any = None,
     float8: str | None = None,
     chunks: bool = False,
-    activation_budget: float = 1.0,
     **settings: Any,
 ) -> Training:
-    """Tracked projections; a classifier's head trains in full, as with the other methods.
-
-    activation_budget: of torch, which recomputes matmuls too until so much is left.
-    """
-    budget = torch._functorch.config.patch(activation_memory_budget=activation_budget)
-    case.during.enter_context(budget)
+    """Tracked projections; a classifier's head trains in full, as with the other methods."""
     model = make(case, checkpointing=checkpointing)
     if float8 is not None:
         model = to_float8(model, float8)
