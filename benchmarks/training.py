@@ -89,7 +89,8 @@ class Measured:
         first: seconds of the first step, which compiles.
         seconds: of each later step.
         optimizer_ms: of each of their optimizer steps.
-        peak: bytes at the peak of these steps, with all that CUDA graphs have for themselves.
+        peak: bytes in use at the peak of all steps but the first: what CUDA graphs use is seen
+            while they are recorded.
         reserved: the most that the allocator had from CUDA in these steps, gaps included.
         kept: bytes more after a forward pass than before it; None within CUDA graphs, and
         gradients: bytes more after the backward pass than before the forward pass; likewise.
@@ -123,13 +124,6 @@ class Measured:
 def gigabytes(count: int | None) -> float | None:
     """10⁹ bytes, where they were counted."""
     return None if count is None else count / 1e9
-
-
-def bytes_of_graphs() -> int:
-    """What CUDA graphs have reserved and the allocator does not count: replays allocate nothing."""
-    segments = torch.cuda.memory_snapshot()
-    own = [s for s in segments if tuple(s["segment_pool_id"]) != (0, 0)]
-    return sum(segment["total_size"] - segment["allocated_size"] for segment in own)
 
 
 def measure_steps(
@@ -184,27 +178,31 @@ def measure_steps(
         return end - start, 1e3 * (end - before_optimizer), kept, gradients
 
     fresh = allocated()
-    others = bytes_of_graphs() if on_cuda else 0  # of who went before
     first, *_ = step()
+    peaks = []
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()
     for number in range(warmup):
         if on_cuda and number == warmup - 1:
             torch.cuda.empty_cache()  # of compiling
         step()
     if on_cuda:
+        peaks.append(torch.cuda.max_memory_allocated())
         torch.cuda.reset_peak_memory_stats()
     results = [step() for _ in range(steps)]
-    recorded = bytes_of_graphs() - others if on_cuda else 0
-    peak = torch.cuda.max_memory_allocated() + recorded if on_cuda else None
+    if on_cuda:
+        peaks.append(torch.cuda.max_memory_allocated())
     reserved = torch.cuda.max_memory_reserved() if on_cuda else None
     optimizer.zero_grad()
     seconds, optimizer_ms, kept, gradients = zip(*results, strict=True)
+    is_counted = on_cuda and kept[-1] > 0  # what CUDA graphs keep was there before
     return Measured(
         first=first,
         seconds=list(seconds),
         optimizer_ms=list(optimizer_ms),
-        peak=peak,
+        peak=max(peaks, default=None),
         reserved=reserved,
-        kept=kept[-1] if on_cuda and not recorded else None,
-        gradients=gradients[-1] if on_cuda and not recorded else None,
+        kept=kept[-1] if is_counted else None,
+        gradients=gradients[-1] if is_counted else None,
         lasting=allocated() - fresh if on_cuda else None,
     )
