@@ -33,6 +33,7 @@ from compact_fx import (
     CompactAdamW,
     Projection,
     SketchedGrad,
+    _torch,
     compact_backend,
     compact_optimizer,
     count_step,
@@ -1391,6 +1392,23 @@ def test_random_runs_agree_with_plain_mathematics(block):
         differences = [run_sequence(settings, seed, counts) for seed in seeds]
     assert not any(differences), "\n".join(filter(None, differences))
     assert counts["(sketched)"], "nothing was sketched"
+    assert counts["(projections changed)"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("block", [2, 5])  # drawn, and tracked
+def test_random_runs_of_recorded_graphs_agree_or_raise(monkeypatch, block):
+    """CUDA graphs have projections in place: a late backward pass raises, and is never wrong."""
+    monkeypatch.setattr(_torch, "records_cuda_graphs", lambda *_: True)
+    counts = collections.Counter()
+    with many_graphs():
+        settings = Settings(block)
+        seeds = range(block * SEQUENCES, block * SEQUENCES + 12)
+        differences = [run_sequence(settings, seed, counts) for seed in seeds]
+    assert any(found is None for found in differences)
+    assert any(differences)
+    for found in filter(None, differences):
+        assert "modified by an inplace operation" in found
     assert counts["(projections changed)"]
 
 
