@@ -128,14 +128,13 @@ def competitors(name: str) -> dict[str, Competitor]:
         chunked[f"compact {at}, loss in chunks"] = partial(ours, chunks=True)
         label = f"compact {at}, int8, 8-bit moments, loss in chunks"
         chunked[label] = partial(ours, chunks=True, **smallest)
+        label = f"compact {at}, int8, loss in chunks, CUDA graphs"
+        chunked[label] = partial(ours, chunks=True, **low_bit, **graphs)
     captured: dict[str, Competitor] = {}
     if name in ("roberta", "350m"):  # whose kernels are shorter than it takes to launch them
         captured["torch.compile, CUDA graphs"] = partial(compiled, **graphs)
         captured[f"compact {at}, CUDA graphs"] = partial(ours, **graphs)
         captured[f"compact {at}, int8, CUDA graphs"] = partial(ours, **low_bit, **graphs)
-    if name == "350m":
-        label = f"compact {at}, int8, loss in chunks, CUDA graphs"
-        captured[label] = partial(ours, chunks=True, **low_bit, **graphs)
     return {
         "torch.compile": compiled,
         f"compact {at}": ours,

@@ -91,7 +91,7 @@ class Measured:
         optimizer_ms: of each of their optimizer steps.
         peak: bytes in use at the peak of all steps but the first: what CUDA graphs use is seen
             while they are recorded.
-        reserved: the most that the allocator had from CUDA in these steps, gaps included.
+        reserved: the most that the allocator had from CUDA in them, gaps included.
         kept: bytes more after a forward pass than before it; None within CUDA graphs, and
         gradients: bytes more after the backward pass than before the forward pass; likewise.
         lasting: bytes more after all steps than before the first: states, and what belongs to them.
@@ -179,19 +179,13 @@ def measure_steps(
 
     fresh = allocated()
     first, *_ = step()
-    peaks = []
     if on_cuda:
+        torch.cuda.empty_cache()  # of compiling
         torch.cuda.reset_peak_memory_stats()
-    for number in range(warmup):
-        if on_cuda and number == warmup - 1:
-            torch.cuda.empty_cache()  # of compiling
+    for _ in range(warmup):
         step()
-    if on_cuda:
-        peaks.append(torch.cuda.max_memory_allocated())
-        torch.cuda.reset_peak_memory_stats()
     results = [step() for _ in range(steps)]
-    if on_cuda:
-        peaks.append(torch.cuda.max_memory_allocated())
+    peak = torch.cuda.max_memory_allocated() if on_cuda else None
     reserved = torch.cuda.max_memory_reserved() if on_cuda else None
     optimizer.zero_grad()
     seconds, optimizer_ms, kept, gradients = zip(*results, strict=True)
@@ -200,7 +194,7 @@ def measure_steps(
         first=first,
         seconds=list(seconds),
         optimizer_ms=list(optimizer_ms),
-        peak=max(peaks, default=None),
+        peak=peak,
         reserved=reserved,
         kept=kept[-1] if is_counted else None,
         gradients=gradients[-1] if is_counted else None,

@@ -94,18 +94,19 @@ class Followed:
         Args:
             place: memory of the leaf, which P is written into; by default P's own.
         """
-        leaf = self._leaves.get(dtype) if place is None else None
-        if leaf is None:
-            with torch.inference_mode(False), torch.no_grad():
-                matrix = self.version.matrix.detach()
-                own = matrix.to(dtype) if place is None else place.copy_(matrix)
-                leaf = own.view(matrix.shape).detach().requires_grad_()
-            reference, version = weakref.ref(self), self.version
-            leaf.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                lambda leaf: _receive(leaf, reference(), version)
-            )
-            if place is None:
-                self._leaves[dtype] = leaf
+        if place is not None:
+            return self._leaf_of(place.copy_(self.version.matrix))
+        if dtype not in self._leaves:
+            self._leaves[dtype] = self._leaf_of(self.version.matrix.to(dtype))
+        return self._leaves[dtype]
+
+    def _leaf_of(self, matrix: Tensor) -> Tensor:
+        with torch.inference_mode(False):
+            leaf = matrix.detach().view(matrix.shape).requires_grad_()
+        reference, version = weakref.ref(self), self.version
+        leaf.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+            lambda leaf: _receive(leaf, reference(), version)
+        )
         return leaf
 
     def receive(self, gradient: Tensor) -> None:

@@ -127,17 +127,17 @@ class GraphInputs:
             self._last = {k: e for k, e in self._last.items() if e.is_alive()}
         bases: list[Basis] = []
         sources: list[Tensor] = []
-        places = self._places(old, weights[0])
         for number, (group, own) in enumerate(zip(groups, self._owners(records), strict=True)):
             projection = self._plan.projections[number].with_salt(group.root().salt)
+            place = self._place(number, old, weights[0])
             if number in followed:
                 own_basis: Basis = followed[number].basis(projection, self._seed)
-                sources.append(followed[number].leaf(projection.dtype, places[number]))
+                sources.append(followed[number].leaf(projection.dtype, place))
             else:
                 own_basis = self._drawn(projection, group.root())
             bases.append(self._shared(own_basis, own))
             if number not in followed:
-                source, place = bases[-1].source(device), places[number]
+                source = bases[-1].source(device)
                 sources.append(source if place is None else place.copy_(source))
         factor_bases = [bases[role.projection].along(role.dim) for role in self._factors]
         for index, record in records.items():
@@ -163,7 +163,6 @@ class GraphInputs:
             versions=versions,
             factor_bases=factor_bases,
             inputs=[*sources, *leaves],
-            places=places,
         )
         if old is not None:
             entry.take_over(old)
@@ -229,14 +228,14 @@ class GraphInputs:
                 versions.append((root.salt, root.steps // self._interval))
         return versions
 
-    def _places(self, old: "_Entry | None", like: Tensor) -> "list[Tensor | None]":
-        """Of each source the memory that it stays in; None where it need not."""
+    def _place(self, number: int, old: "_Entry | None", like: Tensor) -> Tensor | None:
+        """The memory that a source stays in; None where it need not."""
         if not self._in_place:
-            return [None] * len(self._plan.projections)
-        if old is not None and all(p is None or p.device == like.device for p in old.places):
-            return old.places
+            return None
+        if old is not None and old.inputs[number].device == like.device:
+            return old.inputs[number].detach()
         with torch.inference_mode(False):
-            return [p.empty_source(like.detach()) for p in self._plan.projections]
+            return self._plan.projections[number].empty_source(like.detach())
 
     def _drawn(self, projection: Projection, group: Group) -> Basis:
         """A projection in the version that the steps of its weights say."""
@@ -286,7 +285,6 @@ class _Entry:
     versions: list[object]
     factor_bases: list[Basis]
     inputs: list[Tensor]
-    places: "list[Tensor | None]"
     calls: int = 0
     is_stepped: bool = False
     changed: int = 0
