@@ -137,7 +137,8 @@ class Exchange:
         self._buckets: list[list[_Slot]] = []
         self._bucket_of: dict[_Slot, int] = {}
         self._backwards: dict[int, _Backward] = {}  # by autograd's number of the pass
-        self._is_local = False
+        self._is_local: bool | None = None  # the next backward pass; None: no forward has said it
+        self._left: dict[str, str] = {}  # by name what `no_sync()` left in `weight.grad`: settings
         self._note: _Note | None = None
         self._wraps: weakref.ref[Any] | None = None
 
@@ -153,9 +154,10 @@ class Exchange:
     # --- before and while backward runs ----------------------------------------------------------
 
     def begin_forward(self, ddp: Any) -> None:
-        """The last forward pass before a backward pass decides whether that exchanges anything."""
+        """A backward pass exchanges unless all forward passes before it ran under `no_sync()`."""
         self._backwards.clear()  # none is running: one that is left has failed
-        self._is_local = ddp is not None and not ddp.require_backward_grad_sync
+        if self._is_local is not False:
+            self._is_local = ddp is not None and not ddp.require_backward_grad_sync
         if ddp is not None and (self._wraps is None or self._wraps() is not ddp):
             self._check_ddp(ddp)
             self._wraps = weakref.ref(ddp)
@@ -194,7 +196,14 @@ class Exchange:
         settings: of the weight's projection beyond its basis.
         """
         backward = self._backward()
-        if backward.is_local or weight.grad is None:
+        if backward.is_local:
+            self._left[name] = settings
+            return
+        self._left.pop(name, None)
+        self._take_gradient(backward, weight, name, settings)
+
+    def _take_gradient(self, backward: _Backward, weight: Tensor, name: str, settings: str) -> None:
+        if weight.grad is None:
             return
         arrival, weight.grad = _Arrival(weight, weight.grad), None
         self._take(backward, arrival, name, settings, float(len(self.ranks)))
@@ -230,7 +239,7 @@ class Exchange:
                 self._note.check()
                 self._note = None
             # A pass whose forward ran without any of our graphs says nothing, and exchanges.
-            self._backwards[number], self._is_local = _Backward(self._is_local), False
+            self._backwards[number], self._is_local = _Backward(bool(self._is_local)), None
             _torch.after_backward(functools.partial(self._finish, number))
         return self._backwards[number]
 
@@ -303,7 +312,11 @@ class Exchange:
             self._take_of_others(slot, averaged, share)
 
     def _take_kept(self, backward: _Backward) -> None:
-        """What earlier passes have kept goes at the latest now; here it lies in `weight.grad`."""
+        """What earlier passes have left goes now, also of weights that this one gives nothing."""
+        left, self._left = self._left, {}
+        for name, settings in left.items():
+            if (weight := self._weights[name]()) is not None:
+                self._take_gradient(backward, weight, name, settings)
 
     def _take_of_others(self, slot: _Slot, averaged: Tensor, share: Tensor) -> None:
         """What other ranks have for a weight that this one has not used."""

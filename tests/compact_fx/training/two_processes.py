@@ -4,6 +4,7 @@ python two_processes.py RANK FOLDER SCENARIO...
 """
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -224,6 +225,14 @@ def eager_heads() -> Any:
     return gradients(model)
 
 
+def eager_by_turns() -> Any:
+    """Gradients of two passes, the second without the head."""
+    model = Heads()
+    loss_of(model, 0, None).backward()
+    loss_of(functools.partial(model, with_head=False), 1, None).backward()
+    return gradients(model)
+
+
 def eager_two_graphs() -> Any:
     """Gradients of `two_graphs`."""
     model = Net()
@@ -267,6 +276,46 @@ def three_passes(settings: dict[str, Any], how: str = "outside", **ddp: Any) -> 
         before = len(counts)
         loss_of(step, 2).backward()
     return gradients(model), before, sum(counts)
+
+
+def by_turns(
+    settings: dict[str, Any], registered: bool | None = None, freezes: bool = False
+) -> Any:
+    """Under no_sync with the head, then without it: what the head has kept goes as well."""
+    model, step = wrapped(settings, make=Heads, registered=registered, find_unused_parameters=True)
+    with step._orig_mod.no_sync():
+        loss_of(step, 0).backward()
+    model.head.weight.requires_grad_(not freezes)
+    loss_of(functools.partial(step, with_head=False), 1).backward()
+    return gradients(model)
+
+
+def one_has_kept() -> Any:
+    """Both ranks have used the head under no_sync, and one uses it again."""
+    model, step = wrapped(DENSE, make=Heads, registered=True, find_unused_parameters=True)
+    with step._orig_mod.no_sync():
+        loss_of(step, 0).backward()
+    loss_of(functools.partial(step, with_head=RANK == 0), 1).backward()
+    return gradients(model)
+
+
+def eager_one_has_kept() -> Any:
+    """Gradients of `one_has_kept`."""
+    model = Heads()
+    loss_of(model, 0, None).backward()
+    x, y = batch(1, None)
+    (torch.cat([model(x[:8]), model(x[8:], False)]) - y).pow(2).mean().backward()
+    return gradients(model)
+
+
+def probed() -> Any:
+    """A forward pass under no_sync comes between another one and its backward pass."""
+    model, step = wrapped(FULL)
+    loss = loss_of(step, 0)
+    with step._orig_mod.no_sync():
+        loss_of(step, 1)
+    loss.backward()
+    return gradients(model)
 
 
 def synced_passes() -> Any:
@@ -509,6 +558,9 @@ ALONE: dict[str, Callable[[], Any]] = {
     "alone: tied": lambda: eager(0, make=Tied),
     "alone: checkpointed": lambda: eager(0, make=Checkpointed),
     "alone: heads": eager_heads,
+    "alone: by turns": eager_by_turns,
+    "alone: one has kept": eager_one_has_kept,
+    "alone: one pass": lambda: eager(0),
     "alone: two graphs": eager_two_graphs,
 }
 FAULTS = {
@@ -540,6 +592,11 @@ TOGETHER: dict[str, Callable[[], Any]] = FAULTS | {
     "three passes, synced": synced_passes,
     "an eager pass": an_eager_pass,
     "wrapped again": wrapped_again,
+    "by turns": lambda: by_turns(FULL),
+    "by turns, frozen between": lambda: by_turns(FULL, freezes=True),
+    "by turns, dense": lambda: by_turns(DENSE, registered=True),
+    "one has kept": one_has_kept,
+    "probed under no_sync": probed,
     "two graphs": two_graphs,
     "traffic, sketched": lambda: traffic(QUARTER),
     "traffic, dense": lambda: traffic(QUARTER | {"gradients": "dense", "projection": "gaussian"}),
