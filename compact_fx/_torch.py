@@ -13,6 +13,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, TypeGuard, TypeVar
 
 import torch
@@ -347,6 +348,16 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def is_distributed() -> bool:
     """Whether torch.distributed is there and initialized."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def timeout_of(group: "torch.distributed.ProcessGroup | None") -> timedelta | None:
+    """How long its messages wait for other ranks (all ranks by default); None if nobody knows."""
+    group = group or torch.distributed.group.WORLD
+    try:
+        backend = group._get_backend(group._device_types[0])  # type: ignore[union-attr]
+        return backend.options._timeout  # type: ignore[no-any-return]
+    except (AttributeError, IndexError, RuntimeError):  # not every backend has it
+        return None
 
 
 def reduce_scatter(

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,11 @@ def kept_bytes() -> Callable[..., int]:
 def process_group(tmp_path: Path) -> Iterator[None]:
     """One gloo process."""
     dist.init_process_group(
-        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+        "gloo",
+        init_method=f"file://{tmp_path / 'store'}",
+        rank=0,
+        world_size=1,
+        timeout=timedelta(seconds=77),
     )
     yield
     dist.destroy_process_group()

@@ -308,6 +308,20 @@ class TrackedBasis(Basis):
         """P (features, rank), rounded as the compiled graph rounds it, then in this dtype."""
         return self.source(device).to(dtype)
 
+    def fit(self, dense: Tensor) -> Tensor:
+        """The factor whose dense matrix is nearest: G P (PᵀP)⁻¹, with 2 − PᵀP for the inverse.
+
+        PᵀP is 1 up to rounding. Products alone: a solver rounds by where its memory lies, and
+        processes would drift apart.
+        """
+        wide = torch.promote_types(dense.dtype, torch.float32)
+        p = self.matrix(dense.device, wide)
+        factor = self.compress(dense.to(wide))
+        with torch.autocast(dense.device.type, enabled=False):
+            gram = p.T @ p
+            corrected = 2 * factor - (factor @ gram if self.is_last(dense) else gram @ factor)
+        return corrected.to(dense.dtype)
+
     @property
     def gain(self) -> float:
         """√(n / r): the columns of P are orthonormal."""

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from compact_fx import _torch
-from compact_fx.training.exchange import Exchange
+from compact_fx.training.exchange import Exchange, number_of
 from compact_fx.training.gradients import SketchedGrad
 from compact_fx.training.sharded import ShardedExchange
 from compact_fx.training.weights import WeightRecord, record_of
@@ -59,11 +59,14 @@ def exchange_factors(model: nn.Module, process_group: "dist.ProcessGroup | None"
             "exchange_factors, or leave one more parameter unfrozen"
         )
     exchange = next(iter(before), None) or Exchange(
-        weights, process_group, lambda: sum(i * r.steps for i, r in enumerate(records, 1))
+        weights, process_group, lambda: number_of(record.steps for record in records)
     )
     exchange.check_weights()
     _torch.ignore_in_ddp(model, weights.values())
     exchange.send_weights()
+    if not before:
+        for parameter in others:
+            parameter.register_post_accumulate_grad_hook(lambda _: exchange.hear())
     for (name, weight), record in zip(weights.items(), records, strict=True):
         if record.exchange is not None:
             continue
@@ -71,8 +74,8 @@ def exchange_factors(model: nn.Module, process_group: "dist.ProcessGroup | None"
         weight.register_post_accumulate_grad_hook(_on_dense)  # type: ignore[no-untyped-call]
 
 
-def _weights_of(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights to exchange by name, and the names of other parameters with a gradient."""
+def _weights_of(model: nn.Module) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """The weights to exchange by name, and other parameters with a gradient."""
     own = {
         weight
         for module in model.modules()
@@ -82,7 +85,7 @@ def _weights_of(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
     }
     named = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     weights: dict[str, Tensor] = {n: weight for n, weight in named.items() if weight in own}
-    return weights, [name for name in named if name not in weights]
+    return weights, [parameter for name, parameter in named.items() if name not in weights]
 
 
 def exchange_shards(

@@ -54,6 +54,11 @@ def _text(forms: Mapping[_Slot, _Form]) -> str:
     )
 
 
+def number_of(counts: Iterable[int]) -> int:
+    """One number for many, the same on all ranks where they are; its negative is an int64 too."""
+    return hash(tuple(counts)) >> 1
+
+
 @functools.cache
 def _told(projection: Projection, seed: int, settings: str) -> str:
     """All that decides what a factor is, as text."""
@@ -119,7 +124,7 @@ class Exchange:
     Args:
         weights: by name.
         group: of the ranks; None for all.
-        steps: a number that is the same on all ranks if the weights' steps are.
+        steps: how many each weight has seen, as one number.
     """
 
     def __init__(
@@ -130,7 +135,9 @@ class Exchange:
     ) -> None:
         self.ranks = dist.get_process_group_ranks(group)
         # DistributedDataParallel's own messages come in between in an order of their own.
-        self._group = dist.new_group(self.ranks, use_local_synchronization=True)
+        self._group = dist.new_group(
+            self.ranks, timeout=_torch.timeout_of(group), use_local_synchronization=True
+        )
         self._weights = {name: weakref.ref(weight) for name, weight in weights.items()}
         self._steps = steps
         self._forms: dict[_Slot, _Form] = {}
@@ -201,6 +208,11 @@ class Exchange:
             return
         self._left.pop(name, None)
         self._take_gradient(backward, weight, name, settings)
+
+    def hear(self) -> None:
+        """A pass runs, which may give none of the weights a gradient: other ranks' may, or may have
+        left some."""
+        self._backward()
 
     def _take_gradient(self, backward: _Backward, weight: Tensor, name: str, settings: str) -> None:
         if weight.grad is None:
@@ -297,7 +309,7 @@ class Exchange:
         self._take_kept(backward)
         while backward.launched < len(self._buckets):
             self._launch(backward)
-        self._note = _Note(self._group, len(self.ranks), list(backward.arrived), self._steps())
+        self._note = _Note(self._group, list(backward.arrived), self._steps())
         if backward.arrived:
             self._note.check()
             self._note = None
@@ -420,26 +432,21 @@ class _Note:
 
     Args:
         new: slots of this pass that the ranks have not agreed on.
-        steps: the same number on all ranks, unless they differ.
+        steps: the same number on all ranks, unless the weights' steps differ.
     """
 
-    def __init__(
-        self,
-        group: "dist.ProcessGroup",
-        ranks: int,
-        new: Sequence[_Slot],
-        steps: int,
-    ) -> None:
-        self._new, self._ranks, self._steps = new, ranks, steps
+    def __init__(self, group: "dist.ProcessGroup", new: Sequence[_Slot], steps: int) -> None:
+        self._new = new
         device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-        self._sum = torch.zeros(2, dtype=torch.int64, device=device)
-        self._sum[0].fill_(bool(new))
-        self._sum[1].fill_(self._steps)
-        work = dist.all_reduce(self._sum, group=group, async_op=True)
+        mine = torch.zeros(2, dtype=torch.int64, device=device)
+        mine[0].fill_(bool(new))
+        mine[1].fill_(steps)
+        self._largest = torch.cat([mine, -mine])  # the largest of -x is the smallest of x
+        work = dist.all_reduce(self._largest, dist.ReduceOp.MAX, group=group, async_op=True)
         self._wait: Callable[[], object] = work.wait
         if device == "cuda":
             work.wait()  # a stream does, and no host
-            self._sum = self._sum.to("cpu", non_blocking=True)
+            self._largest = self._largest.to("cpu", non_blocking=True)
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
             self._wait = copied.synchronize
@@ -447,15 +454,15 @@ class _Note:
     def check(self) -> None:
         """Raise where ranks differ: on all of them, at the latest when the next pass begins."""
         self._wait()
-        with_new, steps = self._sum.tolist()
-        if with_new not in (0, self._ranks):
+        any_new, most_steps, not_all_new, least_steps = self._largest.tolist()
+        if any_new != -not_all_new:
             names = ", ".join(dict.fromkeys(slot.weight for slot in self._new))
             raise RuntimeError(
-                f"gradients came on {with_new} of {self._ranks} ranks that came on none before "
+                "gradients came on some ranks and not on others that came on none before "
                 f"(here: {names or 'none'}): every rank has to run the same layers in the same "
                 "compiled graphs"
             )
-        if steps != self._ranks * self._steps:
+        if most_steps != -least_steps:
             raise RuntimeError(
                 "ranks have counted different steps of their weights, so that their projections "
                 "differ: load the same checkpoint, and step optimizers, on all of them"

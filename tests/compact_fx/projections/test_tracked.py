@@ -207,6 +207,20 @@ def test_moments_of_16_bits_are_rotated_as_exactly_as_they_are_kept(dtype, dim):
         assert error < torch.finfo(dtype).eps  # that of rounding alone is near a third of it
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_nearest_factor_of_any_gradient_is_that_of_least_squares(dtype, dim):
+    """Also where P is rounded, so that its columns are not quite orthonormal."""
+    basis = basis_of(start(n=256, rank=64, dtype=dtype), dim)
+    gradient = normal(30, 256) if dim else normal(256, 30)
+    p = basis.matrix(CPU, torch.float64)
+    rows = gradient.double().mT if dim else gradient.double()
+    exact = torch.linalg.lstsq(p, rows).solution
+    fitted = basis.fit(gradient).double()
+    error = (fitted.mT if dim else fitted) - exact
+    assert error.norm() < 5e-5 * exact.norm()
+
+
 def test_the_same_version_is_the_same_projection():
     p = start()
     basis = basis_of(p)

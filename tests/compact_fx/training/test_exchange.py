@@ -1,12 +1,17 @@
 """Two gloo processes against one: `two_processes.py` runs, this judges."""
 
+from contextlib import nullcontext
+from datetime import timedelta
+from unittest.mock import Mock
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from compact_fx import SketchedGrad, compact_backend, exchange_factors
-from compact_fx.training.exchange import Exchange, _Form, _Slot
+from compact_fx import SketchedGrad, _torch, compact_backend, exchange_factors
+from compact_fx.training.exchange import Exchange, _Form, _Note, _Slot, number_of
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +35,8 @@ FAULTS = {
     "unfrozen later": r"frozen.* when exchange_factors\(model\) was called is not exchanged",
     "nothing left": "needs a parameter that requires a gradient besides",
     "another module": "was called for weights of this model before, with another module",
-    "another seed later": "gradients came on 1 of 2 ranks that came on none before",
-    "a new layer on one rank": "gradients came on 1 of 2 ranks that came on none before",
+    "another seed later": "gradients came on some ranks and not on others",
+    "a new layer on one rank": "gradients came on some ranks and not on others",
 }
 SAME_GRADIENTS = {
     "three passes": "three passes",
@@ -44,6 +49,7 @@ SAME_GRADIENTS = {
     "by turns, frozen between": "by turns",
     "by turns, dense": "by turns",
     "one has kept": "one has kept",
+    "frozen at last": "frozen at last",
     "probed under no_sync": "one pass",
     "two graphs": "two graphs",
     "tied": "tied",
@@ -68,7 +74,7 @@ def many(run_two):
         "traffic, dense",
         "overlap, outside",
     )
-    more = ("overlap, blocks", "scaled", "not a number")
+    more = ("overlap, blocks", "scaled", "not a number", "clipped by value")
     last = "sketched and unused on one rank"  # only one of them raises: nothing comes after it
     return run_two("two_processes.py", *alone, *others, *more, *SAME_GRADIENTS, *FAULTS, last)
 
@@ -206,6 +212,12 @@ def test_no_number_on_one_rank(many):
     assert torch.equal(matrix, others_matrix)
 
 
+@pytest.mark.long
+def test_clipping_by_value_keeps_ranks_alike(many):
+    """Each fits its own factor to what was clipped: to the bit as the others do."""
+    assert_equal(*many["clipped by value"])
+
+
 # --- in one process -------------------------------------------------------------------------------
 
 
@@ -237,6 +249,28 @@ def test_one_process_under_ddp(process_group):
     assert isinstance(model[0].weight.grad, SketchedGrad)
     for weight, expected in zip(model.parameters(), exact, strict=True):
         torch.testing.assert_close(weight.grad + 0, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "counts", [[(3, 5)] * 3, [(2, 5), (3, 5), (4, 5)], [(5, 3), (3, 4), (3, 4)]]
+)
+def test_steps_that_differ_are_found(process_group, monkeypatch, counts):
+    """By all ranks, also where a sum or a mean of the steps is the same."""
+    sent = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, *_, **__: sent.append(tensor) or Mock())
+    notes = [_Note(None, [], number_of(steps)) for steps in counts]
+    for mine in sent:
+        mine.copy_(torch.stack(sent).amax(0))
+    for note in notes:
+        context = pytest.raises(RuntimeError, match="different steps of their weights")
+        with nullcontext() if len(set(counts)) == 1 else context:
+            note.check()
+
+
+def test_messages_wait_as_long_as_those_of_the_group(process_group):
+    """A rank that is gone is told of when its own messages would tell it."""
+    exchange = Exchange({}, None, lambda: 0)
+    assert _torch.timeout_of(exchange._group) == timedelta(seconds=77)
 
 
 def test_buckets(process_group, monkeypatch):
