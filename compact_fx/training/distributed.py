@@ -64,9 +64,6 @@ def exchange_factors(model: nn.Module, process_group: "dist.ProcessGroup | None"
     exchange.check_weights()
     _torch.ignore_in_ddp(model, weights.values())
     exchange.send_weights()
-    if not before:
-        for parameter in others:
-            parameter.register_post_accumulate_grad_hook(lambda _: exchange.hear())
     for (name, weight), record in zip(weights.items(), records, strict=True):
         if record.exchange is not None:
             continue
@@ -74,8 +71,8 @@ def exchange_factors(model: nn.Module, process_group: "dist.ProcessGroup | None"
         weight.register_post_accumulate_grad_hook(_on_dense)  # type: ignore[no-untyped-call]
 
 
-def _weights_of(model: nn.Module) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """The weights to exchange by name, and other parameters with a gradient."""
+def _weights_of(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights to exchange by name, and the names of other parameters with a gradient."""
     own = {
         weight
         for module in model.modules()
@@ -85,7 +82,7 @@ def _weights_of(model: nn.Module) -> tuple[dict[str, Tensor], list[Tensor]]:
     }
     named = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     weights: dict[str, Tensor] = {n: weight for n, weight in named.items() if weight in own}
-    return weights, [parameter for name, parameter in named.items() if name not in weights]
+    return weights, [name for name in named if name not in weights]
 
 
 def exchange_shards(

@@ -209,11 +209,6 @@ class Exchange:
         self._left.pop(name, None)
         self._take_gradient(backward, weight, name, settings)
 
-    def hear(self) -> None:
-        """A pass runs, which may give none of the weights a gradient: other ranks' may, or may have
-        left some."""
-        self._backward()
-
     def _take_gradient(self, backward: _Backward, weight: Tensor, name: str, settings: str) -> None:
         if weight.grad is None:
             return
@@ -454,15 +449,16 @@ class _Note:
     def check(self) -> None:
         """Raise where ranks differ: on all of them, at the latest when the next pass begins."""
         self._wait()
-        any_new, most_steps, not_all_new, least_steps = self._largest.tolist()
-        if any_new != -not_all_new:
+        most_new, most_steps, *negated = self._largest.tolist()
+        least_new, least_steps = (-number for number in negated)
+        if most_new != least_new:
             names = ", ".join(dict.fromkeys(slot.weight for slot in self._new))
             raise RuntimeError(
                 "gradients came on some ranks and not on others that came on none before "
                 f"(here: {names or 'none'}): every rank has to run the same layers in the same "
                 "compiled graphs"
             )
-        if most_steps != -least_steps:
+        if most_steps != least_steps:
             raise RuntimeError(
                 "ranks have counted different steps of their weights, so that their projections "
                 "differ: load the same checkpoint, and step optimizers, on all of them"

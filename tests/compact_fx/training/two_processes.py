@@ -217,21 +217,6 @@ def eager(*numbers: int, make: Callable[[], nn.Module] = Net) -> Any:
     return gradients(model)
 
 
-def freeze(model: Net) -> None:
-    """All that is exchanged."""
-    for layer in (model.up, model.middle, model.down):
-        layer.weight.requires_grad_(False)
-
-
-def eager_frozen() -> Any:
-    """Gradients of `frozen_at_last`."""
-    model = Net()
-    loss_of(model, 0, None).backward()
-    freeze(model)
-    loss_of(model, 1, None).backward()
-    return gradients(model)
-
-
 def eager_heads() -> Any:
     """Gradients where the second half of the batch leaves out the head."""
     model = Heads()
@@ -302,16 +287,6 @@ def by_turns(
         loss_of(step, 0).backward()
     model.head.weight.requires_grad_(not freezes)
     loss_of(functools.partial(step, with_head=False), 1).backward()
-    return gradients(model)
-
-
-def frozen_at_last() -> Any:
-    """Under no_sync with all weights, then with biases and norms alone: what weights got goes."""
-    model, step = wrapped(FULL)
-    with step._orig_mod.no_sync():
-        loss_of(step, 0).backward()
-    freeze(model)
-    loss_of(step, 1).backward()
     return gradients(model)
 
 
@@ -597,7 +572,6 @@ ALONE: dict[str, Callable[[], Any]] = {
     "alone: heads": eager_heads,
     "alone: by turns": eager_by_turns,
     "alone: one has kept": eager_one_has_kept,
-    "alone: frozen at last": eager_frozen,
     "alone: one pass": lambda: eager(0),
     "alone: two graphs": eager_two_graphs,
 }
@@ -634,7 +608,6 @@ TOGETHER: dict[str, Callable[[], Any]] = FAULTS | {
     "by turns, frozen between": lambda: by_turns(FULL, freezes=True),
     "by turns, dense": lambda: by_turns(DENSE, registered=True),
     "one has kept": one_has_kept,
-    "frozen at last": frozen_at_last,
     "clipped by value": clipped_by_value,
     "probed under no_sync": probed,
     "two graphs": two_graphs,
