@@ -201,9 +201,35 @@ def bytes_of(node: fx.Node) -> int:
         return _torch.size_hint(value.numel()) * int(value.element_size())
 
 
+def update_value(node: fx.Node) -> None:
+    """A new fake value, from those of its arguments."""
+    arguments, keywords = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    with _torch.fake_mode_of(node.meta["val"]):
+        node.meta["val"] = node.target(*arguments, **keywords)  # type: ignore[operator]
+    node.meta.pop("tensor_meta", None)
+
+
+def _views_another(node: fx.Node) -> bool:
+    """Whether its value is a view of what was in its argument's place before."""
+    if not (isinstance(node.target, torch._ops.OpOverload) and node.args and is_tensor(node)):
+        return False
+    source, (*_, result) = node.args[0], node.target._schema.returns
+    is_of_one = result.alias_info is not None and not result.alias_info.is_write
+    if not (is_of_one and isinstance(source, fx.Node) and is_tensor(source)):
+        return False
+    return storage_of(source) != storage_of(node)
+
+
 def finish(module: fx.GraphModule) -> None:
-    """Drop what a pass made dead, check the graph and make its code current."""
+    """Drop what a pass made dead, check the graph and make its code current.
+
+    Views get the memory of what they view now: the partitioner makes equal nodes one, but for
+    those in the memory of an output.
+    """
     module.graph.eliminate_dead_code()
+    for node in module.graph.nodes:
+        if _views_another(node):
+            update_value(node)
     module.graph.lint()
     module.recompile()
 

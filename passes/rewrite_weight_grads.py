@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from compact_fx import _torch
 from compact_fx.errors import CannotCompact, failures_of
 from compact_fx.passes.find_weight_grads import Use, find_weight_grads
 from compact_fx.passes.joint_graph import JointGraph
@@ -20,6 +19,7 @@ from compact_fx.passes.nodes import (
     insert,
     mark_recomputed,
     transposed,
+    update_value,
 )
 from compact_fx.plan import FactorInput, Plan, ProjectionInput, Side, Site
 from compact_fx.projections import RANDOM_PROJECTION, finite_of, unit_of
@@ -344,7 +344,4 @@ def _update_values(node: fx.Node) -> None:
         return
     for source in node.all_input_nodes:
         _update_values(source)
-    arguments, keywords = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    with _torch.fake_mode_of(node.meta["val"]):
-        node.meta["val"] = node.target(*arguments, **keywords)  # type: ignore[operator]
-    node.meta.pop("tensor_meta", None)
+    update_value(node)

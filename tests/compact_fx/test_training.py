@@ -8,6 +8,7 @@ import copy
 import functools
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import (
     checkpoint,
     create_selective_checkpoint_contexts,
 )
+from transformers.pytorch_utils import Conv1D
 
 from compact_fx import CompactAdamW, compact_backend
 
@@ -155,6 +157,36 @@ def test_accumulation(same_gradients):
             (step(batch(seed=seed)).pow(2).mean() / 3).backward()
 
     same_gradients(train=train)
+
+
+@pytest.mark.parametrize("rank", [1.0, 0.5])
+@pytest.mark.parametrize("projection", ["orthogonal", "countsketch", "tracked"])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_equal_gradients_have_memory_of_their_own(projection, rank, transpose):
+    """Two layers on one input whose outputs are added: what is accumulated into one is its own."""
+
+    class Added(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.up, self.a, self.b = nn.Linear(64, 96), nn.Linear(96, 48), nn.Linear(96, 48)
+            if transpose:
+                self.a, self.b = Conv1D(48, 96), Conv1D(48, 96)
+
+        def forward(self, x):
+            x = torch.tanh(self.up(x))
+            return self.a(x) + self.b(x)
+
+    model = Added()
+    settings = {"rank": rank, "projection": projection}
+    step = torch.compile(model, backend=backend(**settings))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracked projections want sketched gradients
+        step(batch()).pow(2).mean().backward()
+    once_ = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    step(batch()).pow(2).mean().backward()
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight.grad, 2 * once_[name], msg=name)
 
 
 def test_two_forwards_before_one_backward(same_gradients):
