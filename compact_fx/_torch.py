@@ -404,6 +404,11 @@ def parameters_of_ddp(ddp: DistributedDataParallel) -> list[torch.Tensor]:
     return list(ddp._module_parameters)
 
 
+def sends_gradients(ddp: DistributedDataParallel) -> bool:
+    """Whether its last forward pass was one that is exchanged, not under `no_sync()`."""
+    return bool(ddp.require_forward_param_sync)
+
+
 def joins(ddp: DistributedDataParallel) -> bool:
     """Whether it runs under `join()`."""
     return bool(ddp._join_config.enable)

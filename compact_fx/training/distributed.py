@@ -64,6 +64,7 @@ def exchange_factors(model: nn.Module, process_group: "dist.ProcessGroup | None"
     exchange.check_weights()
     _torch.ignore_in_ddp(model, weights.values())
     exchange.send_weights()
+    exchange.listen_to(others)
     for (name, weight), record in zip(weights.items(), records, strict=True):
         if record.exchange is not None:
             continue
@@ -71,8 +72,8 @@ def exchange_factors(model: nn.Module, process_group: "dist.ProcessGroup | None"
         weight.register_post_accumulate_grad_hook(_on_dense)  # type: ignore[no-untyped-call]
 
 
-def _weights_of(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights to exchange by name, and the names of other parameters with a gradient."""
+def _weights_of(model: nn.Module) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """The weights to exchange by name, and other parameters with a gradient."""
     own = {
         weight
         for module in model.modules()
@@ -82,7 +83,7 @@ def _weights_of(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
     }
     named = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     weights: dict[str, Tensor] = {n: weight for n, weight in named.items() if weight in own}
-    return weights, [name for name in named if name not in weights]
+    return weights, [parameter for name, parameter in named.items() if name not in weights]
 
 
 def exchange_shards(
@@ -176,6 +177,7 @@ def before_forward(records: Sequence[WeightRecord], *, is_shared: bool) -> None:
         exchange.begin_forward(ddp)
 
 
+@_torch.untraced  # a compiled function may call backward()
 def _on_dense(weight: Tensor) -> None:
     """A gradient of the weight itself; autograd also calls this where it gives none."""
     gradient = weight.grad

@@ -148,6 +148,7 @@ class Exchange:
         self._left: dict[str, str] = {}  # by name what `no_sync()` left in `weight.grad`: settings
         self._note: _Note | None = None
         self._wraps: weakref.ref[Any] | None = None
+        self._hooks: list[Any] = []
 
     def is_of(self, weights: Mapping[str, Tensor], group: "dist.ProcessGroup | None") -> bool:
         """Whether it is between these ranks, of these weights under these names."""
@@ -208,6 +209,19 @@ class Exchange:
             return
         self._left.pop(name, None)
         self._take_gradient(backward, weight, name, settings)
+
+    def listen_to(self, others: Iterable[Tensor]) -> None:
+        """DistributedDataParallel exchanges these, maybe in a pass without any of the weights."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = [other.register_post_accumulate_grad_hook(self._on_other) for other in others]  # type: ignore[attr-defined]
+
+    @_torch.untraced  # a compiled function may call backward()
+    def _on_other(self, _: Tensor) -> None:
+        """What `no_sync()` has left goes if DistributedDataParallel now sends what it has."""
+        ddp = None if self._wraps is None else self._wraps()
+        if self._left and ddp is not None and _torch.sends_gradients(ddp):
+            self._backward()
 
     def _take_gradient(self, backward: _Backward, weight: Tensor, name: str, settings: str) -> None:
         if weight.grad is None:
@@ -296,6 +310,7 @@ class Exchange:
 
     # --- the end of a backward pass --------------------------------------------------------------
 
+    @_torch.untraced  # a compiled function may call backward()
     @torch.no_grad()
     def _finish(self, number: int) -> None:
         backward = self._backwards.pop(number, None)

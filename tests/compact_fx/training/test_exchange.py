@@ -49,6 +49,8 @@ SAME_GRADIENTS = {
     "by turns, frozen between": "by turns",
     "by turns, dense": "by turns",
     "one has kept": "one has kept",
+    "frozen at last": "frozen at last",
+    "probed within": "three passes",
     "probed under no_sync": "one pass",
     "two graphs": "two graphs",
     "tied": "tied",

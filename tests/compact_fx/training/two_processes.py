@@ -217,6 +217,21 @@ def eager(*numbers: int, make: Callable[[], nn.Module] = Net) -> Any:
     return gradients(model)
 
 
+def freeze(model: Net) -> None:
+    """All that is exchanged."""
+    for layer in (model.up, model.middle, model.down):
+        layer.weight.requires_grad_(False)
+
+
+def eager_frozen() -> Any:
+    """Gradients of `frozen_at_last`."""
+    model = Net()
+    loss_of(model, 0, None).backward()
+    freeze(model)
+    loss_of(model, 1, None).backward()
+    return gradients(model)
+
+
 def eager_heads() -> Any:
     """Gradients where the second half of the batch leaves out the head."""
     model = Heads()
@@ -287,6 +302,38 @@ def by_turns(
         loss_of(step, 0).backward()
     model.head.weight.requires_grad_(not freezes)
     loss_of(functools.partial(step, with_head=False), 1).backward()
+    return gradients(model)
+
+
+def frozen_at_last() -> Any:
+    """Under no_sync with all weights, then with biases and norms alone: what weights got goes."""
+    model, step = wrapped(FULL)
+    with step._orig_mod.no_sync():
+        loss_of(step, 0).backward()
+    freeze(model)
+    loss_of(step, 1).backward()
+    return gradients(model)
+
+
+def probed_within() -> Any:
+    """Each rank takes a gradient of its own of a bias, under no_sync or not, for itself alone."""
+    model, step = wrapped(DENSE, registered=True)
+    wrapper = step._orig_mod
+    loss_of(step, 0).backward()
+    model.zero_grad()
+
+    def probe() -> None:
+        kept, model.norm.bias.grad = model.norm.bias.grad, None
+        model.norm(torch.ones(16)).sum().backward(inputs=[model.norm.bias])
+        model.norm.bias.grad = kept
+
+    with wrapper.no_sync():
+        loss_of(step, 0).backward()
+        probe() if RANK else None
+        loss_of(step, 1).backward()
+    probe() if not RANK else None
+    loss_of(step, 2).backward()
+    probe()
     return gradients(model)
 
 
@@ -572,6 +619,7 @@ ALONE: dict[str, Callable[[], Any]] = {
     "alone: heads": eager_heads,
     "alone: by turns": eager_by_turns,
     "alone: one has kept": eager_one_has_kept,
+    "alone: frozen at last": eager_frozen,
     "alone: one pass": lambda: eager(0),
     "alone: two graphs": eager_two_graphs,
 }
@@ -608,6 +656,8 @@ TOGETHER: dict[str, Callable[[], Any]] = FAULTS | {
     "by turns, frozen between": lambda: by_turns(FULL, freezes=True),
     "by turns, dense": lambda: by_turns(DENSE, registered=True),
     "one has kept": one_has_kept,
+    "frozen at last": frozen_at_last,
+    "probed within": probed_within,
     "clipped by value": clipped_by_value,
     "probed under no_sync": probed,
     "two graphs": two_graphs,
