@@ -170,6 +170,14 @@ def operator_name(node: fx.Node) -> str:
     return node.op if node.op != "call_function" else getattr(node.target, "__name__", "?")
 
 
+def makes_view(target: object) -> bool:
+    """Whether an operator's result is a view of its first argument, or may be."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    results = [returned.alias_info for returned in target._schema.returns]
+    return len(results) == 1 and results[0] is not None and not results[0].is_write
+
+
 def storage_id(tensor: torch.Tensor) -> int:
     """An identity of a tensor's storage, for as long as the tensor lives."""
     return int(tensor.untyped_storage()._cdata)

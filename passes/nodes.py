@@ -211,11 +211,10 @@ def update_value(node: fx.Node) -> None:
 
 def _views_another(node: fx.Node) -> bool:
     """Whether its value is a view of what was in its argument's place before."""
-    if not (isinstance(node.target, torch._ops.OpOverload) and node.args and is_tensor(node)):
+    if not (_torch.makes_view(node.target) and is_tensor(node)):
         return False
-    source, (*_, result) = node.args[0], node.target._schema.returns
-    is_of_one = result.alias_info is not None and not result.alias_info.is_write
-    if not (is_of_one and isinstance(source, fx.Node) and is_tensor(source)):
+    source = next(iter(node.args), None)
+    if not (isinstance(source, fx.Node) and is_tensor(source)):
         return False
     return storage_of(source) != storage_of(node)
 

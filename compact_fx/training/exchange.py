@@ -214,7 +214,10 @@ class Exchange:
         """DistributedDataParallel exchanges these, maybe in a pass without any of the weights."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks = [other.register_post_accumulate_grad_hook(self._on_other) for other in others]  # type: ignore[attr-defined]
+        self._hooks = [
+            other.register_post_accumulate_grad_hook(self._on_other)  # type: ignore[no-untyped-call]
+            for other in others
+        ]
 
     @_torch.untraced  # a compiled function may call backward()
     def _on_other(self, _: Tensor) -> None:
