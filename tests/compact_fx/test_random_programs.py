@@ -19,7 +19,7 @@ import re
 import time
 import traceback
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -693,6 +693,14 @@ class Result:
     gradients: dict[str, Tensor]
     buffers: dict[str, Tensor]
 
+    def in_one_memory(self) -> set[tuple[str, ...]]:
+        """Names of gradients that share it: what is written into one is in the others too."""
+        names = defaultdict(list)
+        for name, gradient in self.gradients.items():
+            if gradient.numel():
+                names[gradient.untyped_storage().data_ptr()].append(name)
+        return {tuple(sorted(some)) for some in names.values() if len(some) > 1}
+
 
 def run(
     program: Program,
@@ -872,6 +880,8 @@ class Judge:
             error = self.error(buffer, self.exact.buffers[name], size=1.0)
             if not error < self.tolerance:
                 yield name, f"buffer is off by {error:.1e}"
+        for names in result.in_one_memory() - self.exact.in_one_memory():
+            yield " and ".join(names), "gradients share memory"
         for name in sorted(result.gradients.keys() | self.exact.gradients.keys()):
             actual, exact = result.gradients.get(name), self.exact.gradients.get(name)
             if exact is None and not actual.any():
