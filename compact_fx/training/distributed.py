@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from compact_fx import _torch
-from compact_fx.training.exchange import Exchange, number_of
+from compact_fx.training.exchange import Exchange
 from compact_fx.training.gradients import SketchedGrad
 from compact_fx.training.sharded import ShardedExchange
 from compact_fx.training.weights import WeightRecord, record_of
@@ -59,7 +59,7 @@ def exchange_factors(model: nn.Module, process_group: "dist.ProcessGroup | None"
             "exchange_factors, or leave one more parameter unfrozen"
         )
     exchange = next(iter(before), None) or Exchange(
-        weights, process_group, lambda: number_of(record.steps for record in records)
+        weights, process_group, lambda: [record.steps for record in records]
     )
     exchange.check_weights()
     _torch.ignore_in_ddp(model, weights.values())

@@ -54,11 +54,6 @@ def _text(forms: Mapping[_Slot, _Form]) -> str:
     )
 
 
-def number_of(counts: Iterable[int]) -> int:
-    """One number for many, the same on all ranks where they are; its negative is an int64 too."""
-    return hash(tuple(counts)) >> 1
-
-
 @functools.cache
 def _told(projection: Projection, seed: int, settings: str) -> str:
     """All that decides what a factor is, as text."""
@@ -124,14 +119,14 @@ class Exchange:
     Args:
         weights: by name.
         group: of the ranks; None for all.
-        steps: how many each weight has seen, as one number.
+        steps: how many each weight has seen.
     """
 
     def __init__(
         self,
         weights: Mapping[str, Tensor],
         group: "dist.ProcessGroup | None",
-        steps: Callable[[], int],
+        steps: Callable[[], Iterable[int]],
     ) -> None:
         self.ranks = dist.get_process_group_ranks(group)
         # DistributedDataParallel's own messages come in between in an order of their own.
@@ -445,15 +440,17 @@ class _Note:
 
     Args:
         new: slots of this pass that the ranks have not agreed on.
-        steps: the same number on all ranks, unless the weights' steps differ.
+        steps: how many each weight has seen, in the same order on all ranks.
     """
 
-    def __init__(self, group: "dist.ProcessGroup", new: Sequence[_Slot], steps: int) -> None:
+    def __init__(
+        self, group: "dist.ProcessGroup", new: Sequence[_Slot], steps: Iterable[int]
+    ) -> None:
         self._new = new
         device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
         mine = torch.zeros(2, dtype=torch.int64, device=device)
         mine[0].fill_(bool(new))
-        mine[1].fill_(steps)
+        mine[1].fill_(hash(tuple(steps)) >> 1)  # one number for all, whose negative is an int64 too
         self._largest = torch.cat([mine, -mine])  # the largest of -x is the smallest of x
         work = dist.all_reduce(self._largest, dist.ReduceOp.MAX, group=group, async_op=True)
         self._wait: Callable[[], object] = work.wait

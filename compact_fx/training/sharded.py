@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compact_fx import _torch
 from compact_fx.config import CompactConfig
-from compact_fx.training.exchange import Exchange, _Arrival, _Backward, _Slot, number_of
+from compact_fx.training.exchange import Exchange, _Arrival, _Backward, _Slot
 from compact_fx.training.gradients import SketchedGrad, accumulate
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class ShardedExchange(Exchange):
         self._shardings: dict[str, _torch.Sharding] = {}
         self._counts: list[Callable[[], int]] = []
         self._kept: dict[str, tuple[SketchedGrad, str]] = {}
-        super().__init__({}, group, lambda: number_of(count() for count in self._counts))
+        super().__init__({}, group, lambda: [count() for count in self._counts])
 
     def add(self, sharding: _torch.Sharding, steps: Callable[[], int]) -> None:
         """One more weight, on all ranks, and how many steps it has seen."""

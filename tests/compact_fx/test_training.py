@@ -183,10 +183,10 @@ def test_equal_gradients_have_memory_of_their_own(projection, rank, transpose):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracked projections want sketched gradients
         step(batch()).pow(2).mean().backward()
-    once_ = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    of_one = {name: weight.grad.clone() for name, weight in model.named_parameters()}
     step(batch()).pow(2).mean().backward()
     for name, weight in model.named_parameters():
-        torch.testing.assert_close(weight.grad, 2 * once_[name], msg=name)
+        torch.testing.assert_close(weight.grad, 2 * of_one[name], msg=name)
 
 
 def test_two_forwards_before_one_backward(same_gradients):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from compact_fx import SketchedGrad, _torch, compact_backend, exchange_factors
-from compact_fx.training.exchange import Exchange, _Form, _Note, _Slot, number_of
+from compact_fx.training.exchange import Exchange, _Form, _Note, _Slot
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +259,7 @@ def test_steps_that_differ_are_found(process_group, monkeypatch, counts):
     """By all ranks, also where a sum or a mean of the steps is the same."""
     sent = []
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, *_, **__: sent.append(tensor) or Mock())
-    notes = [_Note(None, [], number_of(steps)) for steps in counts]
+    notes = [_Note(None, [], steps) for steps in counts]
     for mine in sent:
         mine.copy_(torch.stack(sent).amax(0))
     for note in notes:
@@ -270,7 +270,7 @@ def test_steps_that_differ_are_found(process_group, monkeypatch, counts):
 
 def test_messages_wait_as_long_as_those_of_the_group(process_group):
     """A rank that is gone is told of when its own messages would tell it."""
-    exchange = Exchange({}, None, lambda: 0)
+    exchange = Exchange({}, None, list)
     assert _torch.timeout_of(exchange._group) == timedelta(seconds=77)
 
 
@@ -278,7 +278,7 @@ def test_buckets(process_group, monkeypatch):
     """In the order of arrival, one dtype each, none above the limit but single weights."""
     monkeypatch.setattr("compact_fx.training.exchange.BUCKET_BYTES", 100)
     weights = {name: nn.Parameter(torch.zeros(1)) for name in "abcde"}
-    exchange = Exchange(weights, None, lambda: 0)
+    exchange = Exchange(weights, None, list)
     sizes = {"a": 10, "b": 50, "c": 10, "d": 10, "e": 8}
     forms = {
         _Slot(name, "factor", 0): _Form(
