@@ -104,12 +104,17 @@ def copy_graph_module(module: fx.GraphModule) -> fx.GraphModule:
     return duplicate
 
 
-def append_placeholder(module: fx.GraphModule, name: str) -> fx.Node:
-    """Give the graph one more input, behind those it has."""
+def append_placeholder(module: fx.GraphModule, name: str, *, is_static: bool) -> fx.Node:
+    """Give the graph one more input, behind those it has.
+
+    is_static: it is in the same memory at every call; CUDA graphs copy what is not.
+    """
     last = module.graph.find_nodes(op="placeholder")[-1]
     with module.graph.inserting_after(last):
         node = module.graph.placeholder(name)
     node._dynamo_source = None  # type: ignore[attr-defined]
+    if is_static:  # as Dynamo says it of parameters
+        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     return node
 
 

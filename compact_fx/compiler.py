@@ -161,18 +161,19 @@ class GraphCompiler:
 
     def _compile_plan(self, plan: Plan, watch: Watch) -> Callable[..., Any]:
         config = self._config
+        in_place = _torch.records_cuda_graphs(self._options, self._example_inputs)
         inputs = GraphInputs(
             plan,
             watch,
             seed=config.seed,
             interval=config.interval,
             follow=config.follow,
-            in_place=_torch.records_cuda_graphs(self._options, self._example_inputs),
+            in_place=in_place,
         )
         module = _torch.copy_graph_module(self._module)
         extra = map(_torch.with_fixed_sizes, inputs.examples(self._example_inputs))
         for number in range(len(plan.inputs)):
-            _torch.append_placeholder(module, f"compact_input_{number}")
+            _torch.append_placeholder(module, f"compact_input_{number}", is_static=in_place)
         module.recompile()
 
         def partition(

@@ -33,13 +33,18 @@ def empty_leaf(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
     return weight.detach().new_zeros(1).expand(shape).requires_grad_()
 
 
-def leaf_of(weight: Tensor, shape: tuple[int, ...], basis: Basis) -> Tensor:
+def leaf_of(
+    weight: Tensor, shape: tuple[int, ...], basis: Basis, place: Tensor | None = None
+) -> Tensor:
     """A leaf of the factor's shape, without memory of its own, that delivers in this basis.
 
     A changed projection gets another leaf: a backward pass that comes late still delivers its
     gradient in the basis of its forward.
+
+    Args:
+        place: where its element is.
     """
-    leaf = empty_leaf(weight, shape)
+    leaf = empty_leaf(weight, shape) if place is None else place.requires_grad_()
     reference = weakref.ref(weight)
     leaf.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
         lambda leaf: _deliver(leaf, reference(), basis)

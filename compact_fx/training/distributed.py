@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from compact_fx import _torch
 from compact_fx.training.exchange import Exchange
+from compact_fx.training.followed import note_change
 from compact_fx.training.gradients import SketchedGrad
 from compact_fx.training.sharded import ShardedExchange
 from compact_fx.training.weights import WeightRecord, record_of
@@ -69,6 +70,7 @@ def exchange_factors(model: nn.Module, process_group: "dist.ProcessGroup | None"
         if record.exchange is not None:
             continue
         record.exchange, record.name = exchange, name
+        note_change()
         weight.register_post_accumulate_grad_hook(_on_dense)  # type: ignore[no-untyped-call]
 
 

@@ -119,11 +119,15 @@ class Followed:
         self.gradient = self._room.copy_(gradient)
 
     @property
+    def due_at(self) -> int:
+        """With how many steps P changes before its next use: with one, then every interval."""
+        assert self.interval is not None
+        return self.changed_at + (self.interval if self.version.generation else 1)
+
+    @property
     def is_due(self) -> bool:
-        """Whether P changes before its next use: after the first step, then every interval."""
-        if self.interval is None:
-            return False
-        return self.since >= (1 if self.version.generation == 0 else self.interval)
+        """Whether P changes before its next use."""
+        return self.interval is not None and self.steps() >= self.due_at
 
     @property
     def since(self) -> int:
@@ -150,11 +154,24 @@ class Followed:
             return
         self.version = Version(matrix, self.version.generation + 1)
         self._leaves.clear()
+        note_change()
 
 
 _MOST_ELEMENTS = 2**24  # of P's that change at once: some ten times as much is alive in float64
 
 _all: "list[weakref.ref[Followed]]" = []
+_changes = 0
+
+
+def changes() -> int:
+    """How often projections, or what they depend on, have changed; one step more does not count."""
+    return _changes
+
+
+def note_change() -> None:
+    """What graphs are given may be another than before."""
+    global _changes
+    _changes += 1
 
 
 def versions_in_use() -> list[Version]:

@@ -13,9 +13,9 @@ from compact_fx.plan import FactorInput, Plan
 from compact_fx.projections import Basis, DrawnBasis, Projection
 from compact_fx.training.delivery import empty_leaf, leaf_of, refuse_hooks
 from compact_fx.training.distributed import before_forward, exchange_shards
-from compact_fx.training.followed import Followed, change_those_due
+from compact_fx.training.followed import Followed, change_those_due, changes
 from compact_fx.training.watch import Watch
-from compact_fx.training.weights import Group, WeightRecord, changes, record_of
+from compact_fx.training.weights import Group, WeightRecord, record_of
 
 _recomputed: list[WeightRecord] = []  # since the last forward pass outside of a backward pass
 
@@ -80,7 +80,7 @@ class GraphInputs:
             entry = None
         recomputes = _torch.in_backward()
         # In a backward pass a checkpoint recomputes: it needs what its forward got.
-        if entry is None or (entry.changes != changes() and not recomputes):
+        if entry is None or not (recomputes or entry.is_current()):
             entry = self._entry(weights, arguments, entry)
             if not recomputes:  # a reentrant checkpoint has no other forward
                 self._last[ids] = entry
@@ -93,9 +93,12 @@ class GraphInputs:
             record.in_graph = True
         for record in entry.dense_records:
             record.in_dense_graph = True
-        if recomputes:
-            for record, basis in zip(entry.factor_records, entry.factor_bases, strict=True):
+        for record, basis in zip(entry.factor_records, entry.factor_bases, strict=True):
+            if recomputes:
                 record.recomputed = basis
+            else:
+                record.basis = basis  # another graph may have had another since
+        if recomputes:
             _recomputed.extend(entry.factor_records)
         elif _recomputed:  # a backward pass that wanted no gradients of weights
             for record in _recomputed:
@@ -113,15 +116,13 @@ class GraphInputs:
             dims = {role.index: role.dim for role in self._factors}
             exchange_shards(records, dims, self._texts())
         groups = self._groups(records) if old is None else old.groups
-        now, device = changes(), weights[0].device
+        device = weights[0].device
         followed = self._followed(groups, records, device)
         if any(own.is_due for own in followed.values()):
             change_those_due()
-        versions = self._versions(groups)
+        now, versions = changes(), self._versions(groups)
         if old is not None and versions == old.versions:
-            old.changes = now
-            for record, basis in zip(old.factor_records, old.factor_bases, strict=True):
-                record.basis = basis  # another graph may have had another since
+            old.changes, old.until = now, self._until(groups, followed)
             return old
         if old is None:  # a new set of weights: forget those that are gone
             self._last = {k: e for k, e in self._last.items() if e.is_alive()}
@@ -149,16 +150,19 @@ class GraphInputs:
         factor_records = [records[role.index] for role in self._factors]
         for record, basis in zip(factor_records, factor_bases, strict=True):
             record.basis, record.is_factor = basis, True
-        leaves = [
-            leaf_of(arguments[role.index], role.shape, basis)
-            for role, basis in zip(self._factors, factor_bases, strict=True)
-        ]
+        leaves = []
+        for number, (role, basis) in enumerate(
+            zip(self._factors, factor_bases, strict=True), len(sources)
+        ):
+            place = None if old is None else self._place(number, old, weights[0])
+            leaves.append(leaf_of(arguments[role.index], role.shape, basis, place))
         entry = _Entry(
             references=[weakref.ref(weight) for weight in weights],
             records=list(records.values()),
             dense_records=[r for r in records.values() if not r.is_factor],
             factor_records=factor_records,
             changes=now,
+            until=self._until(groups, followed),
             groups=groups,
             versions=versions,
             factor_bases=factor_bases,
@@ -228,8 +232,20 @@ class GraphInputs:
                 versions.append((root.salt, root.steps // self._interval))
         return versions
 
+    def _until(
+        self, groups: Sequence[Group], followed: Mapping[int, Followed]
+    ) -> list[tuple[Group, int]]:
+        """With how many steps of which weights a projection is to change."""
+        until = []
+        for number, root in enumerate(group.root() for group in groups):
+            if number in followed:
+                until.append((root, followed[number].due_at))
+            else:
+                until.append((root, (root.steps // self._interval + 1) * self._interval))
+        return until
+
     def _place(self, number: int, old: "_Entry | None", like: Tensor) -> Tensor | None:
-        """The memory that a source stays in; None where it need not."""
+        """The memory that an input stays in; None where it need not."""
         if not self._in_place:
             return None
         if old is not None and old.inputs[number].device == like.device:
@@ -274,13 +290,19 @@ class GraphInputs:
 
 @dataclass(eq=False)
 class _Entry:
-    """What one set of weights gets, until one of its projections changes."""
+    """What one set of weights gets, until one of its projections changes.
+
+    Attributes:
+        changes: when it was made or looked at last.
+        until: with how many steps of which weights it is to be looked at again.
+    """
 
     references: "list[weakref.ref[Tensor]]"
     records: list[WeightRecord]
     dense_records: list[WeightRecord]
     factor_records: list[WeightRecord]
     changes: int
+    until: list[tuple[Group, int]]
     groups: list[Group]
     versions: list[object]
     factor_bases: list[Basis]
@@ -295,6 +317,10 @@ class _Entry:
 
     def is_of(self, weights: Sequence[Tensor]) -> bool:
         return all(r() is w for r, w in zip(self.references, weights, strict=True))
+
+    def is_current(self) -> bool:
+        """Whether all projections are what they were: no more than steps has come since."""
+        return self.changes == changes() and all(g.steps < steps for g, steps in self.until)
 
     def take_over(self, old: "_Entry") -> None:
         """What was seen of the weights so far."""

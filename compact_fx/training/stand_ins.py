@@ -90,7 +90,7 @@ def cast(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tenso
 
 # Elements of stand-ins with moments in 8 bits that are stepped at once: with all that is in float32
 # then, some 16 to 24 bytes for each are alive. A larger weight is stepped alone.
-_MOST_ELEMENTS = 2**24
+_MOST_ELEMENTS = 2**25
 _MOST_BYTES = 24
 
 
@@ -293,8 +293,11 @@ class CompactOptimizer(torch.optim.Optimizer):
     ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Groups, each with one of the inner optimizer's: of stand-ins, or of dense weights."""
         inner: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        sketched_of = [[w for w in group["params"] if w in factors] for group in groups]
-        dense_of = [[w for w in group["params"] if w not in factors] for group in groups]
+        sketched_of: list[list[Tensor]] = [[] for _ in groups]
+        dense_of: list[list[Tensor]] = [[] for _ in groups]
+        for group, sketched, dense in zip(groups, sketched_of, dense_of, strict=True):
+            for weight in group["params"]:
+                (sketched if weight in factors else dense).append(weight)
         weights = [weight for sketched in sketched_of for weight in sketched]
         parts = [factors[weight][0] for weight in weights]
         parts = cast(parts, [self._dtype_of_moments(part.dtype) for part in parts])

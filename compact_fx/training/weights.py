@@ -19,7 +19,7 @@ from compact_fx.errors import warn_at_caller
 from compact_fx.plan import Side
 from compact_fx.projections import Basis, Projection, Version
 from compact_fx.training.exchange import Exchange
-from compact_fx.training.followed import Followed, first_version
+from compact_fx.training.followed import Followed, first_version, note_change
 from compact_fx.training.gradients import SketchedGrad, accumulate, sketched_part
 from compact_fx.training.watch import Watch
 
@@ -85,7 +85,7 @@ class Group:
             here._members.append(weakref.ref(record))
         record.group = here
         if other is not here or here.steps != before:
-            _note_change()
+            note_change()
 
 
 class WeightRecord:
@@ -195,17 +195,6 @@ class WeightRecord:
 
 
 _records: MutableMapping[Tensor, WeightRecord] = WeakTensorKeyDictionary()
-_changes = 0
-
-
-def changes() -> int:
-    """How often steps or groups have changed; what depends on them stays the same until then."""
-    return _changes
-
-
-def _note_change() -> None:
-    global _changes
-    _changes += 1
 
 
 def known_record(weight: Tensor) -> WeightRecord | None:
@@ -246,41 +235,62 @@ def _watch_optimizers() -> None:
     register_optimizer_step_post_hook(_on_step)
 
 
-# When a step began, by weight: its record, how many steps it had seen, whether it had a gradient.
-_Began = dict[Tensor, tuple[WeightRecord, int, bool]]
+_Known = list[tuple[Tensor, WeightRecord | None]]
+
+
+class _Began:
+    """A step of an optimizer that has begun.
+
+    Attributes:
+        known: its weights and their records.
+        steps: that each had seen, by record.
+        had_gradients: the records of those that had a gradient; of none where a closure makes it.
+    """
+
+    def __init__(self, optimizer: Optimizer, has_closure: bool) -> None:
+        self.known = _known(optimizer)
+        self.steps = {record: record.steps for _, record in self.known if record is not None}
+        self.had_gradients = {
+            record
+            for weight, record in self.known
+            if record is not None and weight.grad is not None and not has_closure
+        }
+        self._has_closure = has_closure
+
+    def known_now(self, optimizer: Optimizer) -> _Known:
+        """The same at the end of the step, without weights that another one within it stepped."""
+        known = _known(optimizer) if self._has_closure else self.known
+        return [(w, r) for w, r in known if r is None or r.steps <= self.steps.get(r, r.steps)]
+
+
 # A step may be within another of the same optimizer: a subclass calls that of its base.
 _began: MutableMapping[Optimizer, list[_Began]] = weakref.WeakKeyDictionary()
 
 
+def _known(optimizer: Optimizer) -> _Known:
+    return [(w, _records.get(w)) for group in optimizer.param_groups for w in group["params"]]
+
+
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     has_closure = any(map(callable, (*args[1:], *kwargs.values())))  # it makes other gradients
-    began: _Began = {}
-    for group in optimizer.param_groups:
-        for weight in group["params"]:
-            if (record := _records.get(weight)) is not None:
-                has_gradient = weight.grad is not None and not has_closure
-                began[weight] = (record, record.steps, has_gradient)
-    _began.setdefault(optimizer, []).append(began)
+    _began.setdefault(optimizer, []).append(_Began(optimizer, has_closure))
 
 
 def _on_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    began = _began[optimizer].pop() if _began.get(optimizer) else {}
+    # Without a beginning where the first record was made within the step.
+    began = _began[optimizer].pop() if _began.get(optimizer) else _Began(optimizer, True)
     if getattr(optimizer, "_step_in_backward", False):  # it counts each weight itself
         return
     found_inf = getattr(optimizer, "found_inf", None)
     if found_inf is not None and found_inf.item():  # a fused step that GradScaler skips
         return
-    stepped_within = {record for record, steps, _ in began.values() if record.steps > steps}
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    known = [began[w][0] if w in began else _records.get(w) for w in weights]
-    pairs = [pair for pair in zip(weights, known, strict=True) if pair[1] not in stepped_within]
-    _use_gradients(optimizer, pairs)
-    if pairs and all(weight.grad is None for weight, _ in pairs):  # cleared within the step
-        had_gradients = {record for record, _, had in began.values() if had}
-        _note_change()
-        for record in had_gradients - stepped_within:
-            _warn_of_dense_step(optimizer, [record] if record.is_factor else [])
-            record.count()
+    weights = began.known_now(optimizer)
+    _use_gradients(optimizer, weights)
+    if weights and all(weight.grad is None for weight, _ in weights):  # cleared within the step
+        for record in began.had_gradients:
+            if record.steps == began.steps[record]:
+                _warn_of_dense_step(optimizer, [record] if record.is_factor else [])
+                record.count()
 
 
 def use_gradient(optimizer: Optimizer, weight: Tensor) -> None:
@@ -288,10 +298,7 @@ def use_gradient(optimizer: Optimizer, weight: Tensor) -> None:
     _use_gradients(optimizer, [(weight, _records.get(weight))])
 
 
-def _use_gradients(
-    optimizer: Optimizer, weights: Iterable[tuple[Tensor, WeightRecord | None]]
-) -> None:
-    _note_change()
+def _use_gradients(optimizer: Optimizer, weights: _Known) -> None:
     unsketched: set[Watch] = set()
     counted: list[tuple[Tensor, WeightRecord]] = []
     for weight, record in weights:
@@ -335,7 +342,6 @@ def count_step(weights: Iterable[Tensor]) -> None:
     Args:
         weights: such as `model.parameters()`.
     """
-    _note_change()
     records = [record_of(weight) for weight in weights]
     if any(record.is_counted for record in records):
         _warn_of_second_count()
@@ -374,7 +380,7 @@ def restore_steps(steps: dict[Tensor, int]) -> None:
 
     Tracked projections that have changed after that begin anew.
     """
-    _note_change()
+    note_change()
     groups = [record_of(weight).group for weight in steps]
     before = {group.root(): group.root().steps for group in groups if group is not None}
     for weight, number in steps.items():

@@ -22,6 +22,7 @@ from compact_fx import (
     count_step,
     set_steps,
 )
+from compact_fx.compiler import GraphCompiler
 from compact_fx.training.followed import _warn_of_none, change_those_due
 from compact_fx.training.gradients import SketchedGrad
 from compact_fx.training.inputs import GraphInputs
@@ -296,6 +297,41 @@ def test_weights_in_two_graphs_share_one_projection():
     two(data(9)).square().mean().backward()
     assert isinstance(model.up.weight.grad, SketchedGrad)
     assert model.up.weight.grad.factor is not None  # two bases would have made it dense
+
+
+def test_a_graph_hears_of_what_another_one_has_changed():
+    """Before it is due by the interval that the first graph had been told."""
+    model, head = make(), nn.Linear(N, N)
+    both = nn.ModuleList([model, head])
+    torch._dynamo.reset()
+    slow = torch.compile(model, backend=backend(update_interval=40))
+    fast = torch.compile(lambda x: head(model(x)), backend=backend(update_interval=2))
+    optimizer = CompactAdamW(both.parameters(), lr=1e-3)
+    seen = []
+    for i in range(12):
+        (slow if i % 4 else fast)(data(i)).square().mean().backward()
+        followed = followed_of(model.up.weight)
+        assert model.up.weight.grad.basis.version is followed.version
+        seen.append(followed.version.generation)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert seen == [0, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("projection", ["tracked", "gaussian"])
+def test_nothing_is_looked_at_while_projections_stay(projection, monkeypatch):
+    looked, entry = [], GraphInputs._entry
+
+    def watched(self, *args):
+        looked.append(at)
+        return entry(self, *args)
+
+    monkeypatch.setattr(GraphInputs, "_entry", watched)
+    model = make()
+    step, optimizer = compiled(model, projection=projection), torch.optim.SGD(model.parameters())
+    for at in range(10):  # noqa: B007
+        train(model, step, optimizer, 1)
+    assert looked == ([0, 1, 5, 9] if projection == "tracked" else [0, 4, 8])
 
 
 # --- what has no gradient -------------------------------------------------------------------------
@@ -579,7 +615,7 @@ def test_on_cuda_it_is_the_run_of_the_cpu(mode):
 
 
 @pytest.mark.parametrize("projection", ["tracked", "countsketch", "gaussian"])
-def test_recorded_graphs_get_new_projections_in_the_old_memory(projection, monkeypatch):
+def test_recorded_graphs_get_new_inputs_in_the_old_memory(projection, monkeypatch):
     runs = []
     for is_recorded in (False, True):
         monkeypatch.setattr(_torch, "records_cuda_graphs", lambda *_, on=is_recorded: on)
@@ -588,7 +624,7 @@ def test_recorded_graphs_get_new_projections_in_the_old_memory(projection, monke
 
         def call(self, arguments, place_of=place_of, places=places):
             inputs = place_of(self, arguments)
-            places.append([t.data_ptr() for t in inputs[: len(self._plan.projection_inputs)]])
+            places.append([t.data_ptr() for t in inputs])
             return inputs
 
         with monkeypatch.context() as patch:
@@ -600,6 +636,26 @@ def test_recorded_graphs_get_new_projections_in_the_old_memory(projection, monke
         runs.append(losses)
         assert all(place == places[0] for place in places) or not is_recorded
     assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_inputs_that_stay_in_their_memory_are_said_to(is_recorded, monkeypatch):
+    """Else CUDA graphs copy each of them in each step."""
+    monkeypatch.setattr(_torch, "records_cuda_graphs", lambda *_: is_recorded)
+    captured, capture = [], GraphCompiler._capture
+
+    def watched(self, module, num_fwd_outputs, static_inputs):
+        captured.append((len(self._example_inputs), set(static_inputs)))
+        return capture(self, module, num_fwd_outputs, static_inputs)
+
+    monkeypatch.setattr(GraphCompiler, "_capture", watched)
+    model = make()
+    compact = backend()
+    loss_of(torch.compile(model, backend=compact), data(0)).backward()
+    own, static = captured[-1]
+    added = set(range(own, own + len(compact.plans[0].inputs)))
+    assert len(added) == 4
+    assert static & added == (added if is_recorded else set())
 
 
 def test_a_recorded_backward_pass_raises_where_its_projection_is_another(monkeypatch):
@@ -617,7 +673,7 @@ def test_a_recorded_backward_pass_raises_where_its_projection_is_another(monkeyp
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("projection", ["tracked", "countsketch"])
-def test_cuda_graphs_are_recorded_once(projection):
+def test_cuda_graphs_are_recorded_once(projection, monkeypatch):
     from torch._inductor.cudagraph_trees import get_manager
 
     model = make().to("cuda")
@@ -625,16 +681,25 @@ def test_cuda_graphs_are_recorded_once(projection):
     step = compiled(model, projection=projection, **mode)
     optimizer = CompactAdamW(model.parameters(), lr=1e-3, fused=True)
 
+    copied, copy_all = [], torch._foreach_copy_
+
+    def watched(to, *args):
+        copied.append(len(to))
+        return copy_all(to, *args)
+
     def recordings(steps):
         for i in range(steps):
             torch.compiler.cudagraph_mark_step_begin()
-            step(data(i).to("cuda")).square().mean().backward()
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, "_foreach_copy_", watched)
+                step(data(i).to("cuda")).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
         return repr(get_manager(0, create_if_none_exists=False).graph_counter)
 
     few, many = recordings(4), recordings(12)
     assert few == many != "count(0)"
+    assert set(copied[-12:]) == {1}  # the batch, and nothing that was added to the graph
 
 
 # --- saved, loaded, copied ------------------------------------------------------------------------
