@@ -207,6 +207,7 @@ def main() -> None:
                 row["quarter_losses"] = farthest(long.losses, quarter.losses)
                 row["quarter_weights"] = relative(weights, quarter.weights)
                 rows.append(row)
+                print(row, flush=True)
     more = Run("ddp", mine, device, **QUARTER).train(range(args.more))
     record = {
         **provenance(),
