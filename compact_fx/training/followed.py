@@ -36,7 +36,8 @@ class Followed:
         changed_at: steps of its weights when it changed last.
         dtype: of its next version: the widest that a graph has asked for.
         interval: steps until it changes again (None before a graph has used it), `columns`: how
-            many then follow, and `energies`: what is reported; as the graph that used it last says.
+            many then follow, and `energies`: what is reported; as the graph that was looked at last
+            says.
         exchange: between the processes that have it in common.
     """
 
@@ -85,6 +86,9 @@ class Followed:
             self.gradient = None if self.gradient is None else self.gradient.to(device)
             self._room = None
             self._leaves.clear()
+            note_change()
+        # A weight that is gone may have had more steps than those that go on.
+        self.changed_at = min(self.changed_at, self.steps())
 
     def leaf(self, dtype: torch.dtype, place: Tensor | None = None) -> Tensor:
         """P as a graph gets it: a leaf whose gradient is Y.

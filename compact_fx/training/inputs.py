@@ -122,7 +122,7 @@ class GraphInputs:
             change_those_due()
         now, versions = changes(), self._versions(groups)
         if old is not None and versions == old.versions:
-            old.changes, old.until = now, self._until(groups, followed)
+            old.changes, old.stays = now, self._stays(groups, followed)
             return old
         if old is None:  # a new set of weights: forget those that are gone
             self._last = {k: e for k, e in self._last.items() if e.is_alive()}
@@ -162,7 +162,7 @@ class GraphInputs:
             dense_records=[r for r in records.values() if not r.is_factor],
             factor_records=factor_records,
             changes=now,
-            until=self._until(groups, followed),
+            stays=self._stays(groups, followed),
             groups=groups,
             versions=versions,
             factor_bases=factor_bases,
@@ -232,17 +232,17 @@ class GraphInputs:
                 versions.append((root.salt, root.steps // self._interval))
         return versions
 
-    def _until(
+    def _stays(
         self, groups: Sequence[Group], followed: Mapping[int, Followed]
-    ) -> list[tuple[Group, int]]:
-        """With how many steps of which weights a projection is to change."""
-        until = []
+    ) -> list[tuple[Group, range]]:
+        """With how many steps of which weights projections stay as they are."""
+        stays = []
         for number, root in enumerate(group.root() for group in groups):
-            if number in followed:
-                until.append((root, followed[number].due_at))
-            else:
-                until.append((root, (root.steps // self._interval + 1) * self._interval))
-        return until
+            steps = root.steps
+            drawn_until = (steps // self._interval + 1) * self._interval
+            end = followed[number].due_at if number in followed else drawn_until
+            stays.append((root, range(steps, max(end, steps + 1))))
+        return stays
 
     def _place(self, number: int, old: "_Entry | None", like: Tensor) -> Tensor | None:
         """The memory that an input stays in; None where it need not."""
@@ -294,7 +294,8 @@ class _Entry:
 
     Attributes:
         changes: when it was made or looked at last.
-        until: with how many steps of which weights it is to be looked at again.
+        stays: with how many steps of which weights all is as it was then. They may be fewer too:
+            the one that has seen most may be gone.
     """
 
     references: "list[weakref.ref[Tensor]]"
@@ -302,7 +303,7 @@ class _Entry:
     dense_records: list[WeightRecord]
     factor_records: list[WeightRecord]
     changes: int
-    until: list[tuple[Group, int]]
+    stays: list[tuple[Group, range]]
     groups: list[Group]
     versions: list[object]
     factor_bases: list[Basis]
@@ -320,7 +321,7 @@ class _Entry:
 
     def is_current(self) -> bool:
         """Whether all projections are what they were: no more than steps has come since."""
-        return self.changes == changes() and all(g.steps < steps for g, steps in self.until)
+        return self.changes == changes() and all(g.steps in steps for g, steps in self.stays)
 
     def take_over(self, old: "_Entry") -> None:
         """What was seen of the weights so far."""

@@ -96,6 +96,7 @@ class WeightRecord:
     without a gradient, or a step that GradScaler skips, does not count at all.
 
     Attributes:
+        number: how many there were when it was made.
         steps: since the weight was first asked for, or as resumed.
         is_stepped: whether any was seen.
         group: with which weights it shares a projection; None before its first graph.
@@ -112,7 +113,11 @@ class WeightRecord:
         name: in the model or, where nobody has said that, in its graph; empty before.
     """
 
+    made = 0  # how many there have been
+
     def __init__(self) -> None:
+        WeightRecord.made += 1
+        self.number = WeightRecord.made
         self.steps = 0
         self.is_stepped = False
         self.group: Group | None = None
@@ -248,27 +253,35 @@ class _Began:
     """
 
     def __init__(self, optimizer: Optimizer, has_closure: bool) -> None:
-        self.known = _known(optimizer)
+        self.known, self._made = _known(optimizer), WeightRecord.made
         self.steps = {record: record.steps for _, record in self.known if record is not None}
         self.had_gradients = {
             record
             for weight, record in self.known
             if record is not None and weight.grad is not None and not has_closure
         }
-        self._has_closure = has_closure
 
     def known_now(self, optimizer: Optimizer) -> _Known:
         """The same at the end of the step, without weights that another one within it stepped."""
-        known = _known(optimizer) if self._has_closure else self.known
-        return [(w, r) for w, r in known if r is None or r.steps <= self.steps.get(r, r.steps)]
+        is_same = [*map(id, _weights_of(optimizer))] == [id(weight) for weight, _ in self.known]
+        known = self.known if is_same and self._made == WeightRecord.made else _known(optimizer)
+        return [(w, r) for w, r in known if r is None or r.steps <= self._steps_before(r)]
+
+    def _steps_before(self, record: WeightRecord) -> int:
+        is_new = record.number > self._made
+        return self.steps.get(record, 0 if is_new else record.steps)
 
 
 # A step may be within another of the same optimizer: a subclass calls that of its base.
 _began: MutableMapping[Optimizer, list[_Began]] = weakref.WeakKeyDictionary()
 
 
+def _weights_of(optimizer: Optimizer) -> list[Tensor]:
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
 def _known(optimizer: Optimizer) -> _Known:
-    return [(w, _records.get(w)) for group in optimizer.param_groups for w in group["params"]]
+    return [(weight, _records.get(weight)) for weight in _weights_of(optimizer)]
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

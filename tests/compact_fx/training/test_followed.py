@@ -23,7 +23,7 @@ from compact_fx import (
     set_steps,
 )
 from compact_fx.compiler import GraphCompiler
-from compact_fx.training.followed import _warn_of_none, change_those_due
+from compact_fx.training.followed import _warn_of_none, change_those_due, changes
 from compact_fx.training.gradients import SketchedGrad
 from compact_fx.training.inputs import GraphInputs
 from compact_fx.training.moments import _warn_of_unknown
@@ -316,6 +316,29 @@ def test_a_graph_hears_of_what_another_one_has_changed():
         optimizer.step()
         optimizer.zero_grad()
     assert seen == [0, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3]
+
+
+def test_graphs_hear_that_a_projection_is_on_another_device():
+    model = make()
+    loss_of(compiled(model), data(0)).backward()
+    followed, before = followed_of(model.up.weight), changes()
+    followed.take_up(torch.float32, torch.device("cpu"))
+    assert changes() == before
+    followed.take_up(torch.float32, torch.device("meta"))
+    assert changes() > before
+
+
+def test_it_goes_on_without_a_weight_that_had_more_steps():
+    model = make()
+    step = compiled(model)
+    loss_of(step, data(0)).backward()
+    followed = followed_of(model.up.weight)
+    followed.changed_at = 1000  # of a weight that is gone
+    optimizer = CompactAdamW(model.parameters(), lr=1e-3)
+    optimizer.step()
+    optimizer.zero_grad()
+    train(model, step, optimizer, 9, 1)
+    assert followed.version.generation == 2
 
 
 @pytest.mark.parametrize("projection", ["tracked", "gaussian"])

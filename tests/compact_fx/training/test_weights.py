@@ -293,3 +293,77 @@ def test_gradients_that_a_closure_clears_do_not_count():
     optimizer.step(optimizer.zero_grad)
     optimizer.step(closure=optimizer.zero_grad)
     assert steps_of(weight) == 0
+
+
+class GradientsOfItsOwn(torch.optim.SGD):
+    """Makes them within its step, without a closure."""
+
+    def step(self):
+        self.forward_and_backward()
+        return super().step()
+
+
+@pytest.mark.parametrize("is_hooked", [False, True])
+def test_a_weight_that_is_met_within_a_step_counts(is_hooked):
+    class Optimizer(GradientsOfItsOwn):
+        pass
+
+    if is_hooked:  # torch hooks the step of a class when it is made for the first time
+        GradientsOfItsOwn([weight_of()], lr=0.1)
+    steps_of(weight_of())  # optimizers are watched
+    weight = weight_of()
+    optimizer = Optimizer([weight], lr=0.1)
+    schedule = schedule_of(weight)
+    optimizer.forward_and_backward = lambda: schedule([weight])
+    optimizer.step()
+    assert steps_of(weight) == 1
+    optimizer.step()
+    assert steps_of(weight) == 2
+
+
+def test_weights_that_a_step_takes_in_count():
+    class Master(torch.optim.Optimizer):
+        """Holds copies, and has the weights themselves for as long as it steps."""
+
+        def __init__(self, weights):
+            self.weights = weights
+            super().__init__([torch.zeros(1)], {})
+
+        def step(self):
+            self.param_groups[0]["params"] = self.weights
+
+    weight = weight_of()
+    assert steps_of(weight) == 0
+    optimizer = Master([weight])
+    for number in range(1, 4):
+        optimizer.step()
+        assert steps_of(weight) == number
+        optimizer.param_groups[0]["params"] = [torch.zeros(1)]
+
+    later = weight_of()
+    assert steps_of(later) == 0
+    optimizer = torch.optim.SGD([weight_of()], lr=0.1)
+    hook = optimizer.register_step_pre_hook(
+        lambda optimizer, *_: optimizer.add_param_group({"params": [later]})
+    )
+    optimizer.step()
+    hook.remove()
+    assert steps_of(later) == 1
+
+
+def test_graphs_have_one_key_where_the_most_stepped_weight_is_gone():
+    first, second = weight_of(), weight_of()
+    plan = plan_of(0)
+    both = inputs_of(
+        replace(plan, inputs=(ProjectionInput(projection=0, owners=(0, 1)),)), seed=0, interval=5
+    )
+    both([first, second])
+    optimizer = torch.optim.SGD([first], lr=0.1)
+    for _ in range(7):
+        optimizer.step()
+    alone = inputs_of(plan, seed=0, interval=5)
+    assert values(both([first, second])) == values(alone([second])) == [fold_in(0, 0, 1)]
+    del first, optimizer, both
+    gc.collect()
+    later = inputs_of(plan, seed=0, interval=5)
+    assert values(alone([second])) == values(later([second])) == [fold_in(0, 0, 0)]
