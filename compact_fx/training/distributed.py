@@ -70,8 +70,8 @@ def exchange_factors(model: nn.Module, process_group: "dist.ProcessGroup | None"
         if record.exchange is not None:
             continue
         record.exchange, record.name = exchange, name
-        note_change()
         weight.register_post_accumulate_grad_hook(_on_dense)  # type: ignore[no-untyped-call]
+    note_change()
 
 
 def _weights_of(model: nn.Module) -> tuple[dict[str, Tensor], list[Tensor]]:

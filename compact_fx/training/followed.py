@@ -36,8 +36,8 @@ class Followed:
         changed_at: steps of its weights when it changed last.
         dtype: of its next version: the widest that a graph has asked for.
         interval: steps until it changes again (None before a graph has used it), `columns`: how
-            many then follow, and `energies`: what is reported; as the graph that was looked at last
-            says.
+            many then follow, and `energies`: what is reported; as the graph that has looked at it
+            last says.
         exchange: between the processes that have it in common.
     """
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compact_fx import _torch
-from compact_fx.plan import FactorInput, Plan
+from compact_fx.plan import FactorInput, Plan, ProjectionInput
 from compact_fx.projections import Basis, DrawnBasis, Projection
 from compact_fx.training.delivery import empty_leaf, leaf_of, refuse_hooks
 from compact_fx.training.distributed import before_forward, exchange_shards
@@ -59,15 +59,7 @@ class GraphInputs:
 
     def examples(self, arguments: Sequence[Any]) -> list[Tensor]:
         """Tensors like those of a call, to trace the graph with; weights may be fake ones."""
-        examples = []
-        for role in self._plan.inputs:
-            if isinstance(role, FactorInput):
-                examples.append(empty_leaf(arguments[role.index], role.shape))
-            else:
-                projection = self._plan.projections[role.projection]
-                example = projection.empty_source(arguments[role.owners[0]].detach())
-                examples.append(example.requires_grad_(projection.is_tracked))
-        return examples
+        return [self._example(role, arguments) for role in self._plan.inputs]
 
     def __call__(self, arguments: Sequence[Any]) -> list[Tensor]:
         """A source for each projection and a leaf for each factor, in the plan's order."""
@@ -130,7 +122,7 @@ class GraphInputs:
         sources: list[Tensor] = []
         for number, (group, own) in enumerate(zip(groups, self._owners(records), strict=True)):
             projection = self._plan.projections[number].with_salt(group.root().salt)
-            place = self._place(number, old, weights[0])
+            place = self._place(number, old, arguments)
             if number in followed:
                 own_basis: Basis = followed[number].basis(projection, self._seed)
                 sources.append(followed[number].leaf(projection.dtype, place))
@@ -154,7 +146,7 @@ class GraphInputs:
         for number, (role, basis) in enumerate(
             zip(self._factors, factor_bases, strict=True), len(sources)
         ):
-            place = None if old is None else self._place(number, old, weights[0])
+            place = self._place(number, old, arguments)
             leaves.append(leaf_of(arguments[role.index], role.shape, basis, place))
         entry = _Entry(
             references=[weakref.ref(weight) for weight in weights],
@@ -239,19 +231,29 @@ class GraphInputs:
         stays = []
         for number, root in enumerate(group.root() for group in groups):
             steps = root.steps
-            drawn_until = (steps // self._interval + 1) * self._interval
-            end = followed[number].due_at if number in followed else drawn_until
-            stays.append((root, range(steps, max(end, steps + 1))))
+            if number in followed:
+                end = followed[number].due_at
+            else:
+                end = (steps // self._interval + 1) * self._interval
+            stays.append((root, range(steps, end)))
         return stays
 
-    def _place(self, number: int, old: "_Entry | None", like: Tensor) -> Tensor | None:
+    def _example(self, role: ProjectionInput | FactorInput, arguments: Sequence[Any]) -> Tensor:
+        if isinstance(role, FactorInput):
+            return empty_leaf(arguments[role.index], role.shape)
+        projection = self._plan.projections[role.projection]
+        example = projection.empty_source(arguments[role.owners[0]].detach())
+        return example.requires_grad_(projection.is_tracked)
+
+    def _place(self, number: int, old: "_Entry | None", arguments: Sequence[Any]) -> Tensor | None:
         """The memory that an input stays in; None where it need not."""
         if not self._in_place:
             return None
-        if old is not None and old.inputs[number].device == like.device:
+        device = arguments[self._indices[0]].device
+        if old is not None and old.inputs[number].device == device:
             return old.inputs[number].detach()
         with torch.inference_mode(False):
-            return self._plan.projections[number].empty_source(like.detach())
+            return self._example(self._plan.inputs[number], arguments).detach()
 
     def _drawn(self, projection: Projection, group: Group) -> Basis:
         """A projection in the version that the steps of its weights say."""
