@@ -5,6 +5,7 @@ Tried on torch 2.11 (CUDA) and 2.13 (CPU). Nothing is patched; settings change i
 
 import contextlib
 import copy
+import gc
 import inspect
 import operator
 import os
@@ -415,6 +416,23 @@ def ignore_in_ddp(model: nn.Module, weights: Iterable[torch.Tensor]) -> None:
 def parameters_of_ddp(ddp: DistributedDataParallel) -> list[torch.Tensor]:
     """Whose gradients it exchanges."""
     return list(ddp._module_parameters)
+
+
+def is_in_ddp(weights: Iterable[torch.Tensor]) -> bool:
+    """Whether a DistributedDataParallel that is there exchanges one of these; torch has no list."""
+    own = set(map(id, weights))
+
+    def found() -> bool:
+        return any(
+            not own.isdisjoint(map(id, getattr(ddp, "_module_parameters", ())))
+            for ddp in gc.get_objects()
+            if issubclass(type(ddp), DistributedDataParallel)
+        )
+
+    if found():
+        gc.collect()  # one that nobody holds any more
+        return found()
+    return False
 
 
 def sends_gradients(ddp: DistributedDataParallel) -> bool:

@@ -29,18 +29,18 @@ def exchange_factors(model: nn.Module, process_group: "dist.ProcessGroup | None"
         process_group: what it will use; all processes by default.
 
     Raises:
-        ValueError: ranks have other weights, DistributedDataParallel would have none left, or a
-            call before this one was for other weights or processes.
+        ValueError: DistributedDataParallel has the weights already, or would have none left; ranks
+            have other weights; or a call before this one was for other weights or processes.
     """
     if not _torch.is_distributed():
         return
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    model = _torch.uncompiled(model)
+    weights, others = _weights_of(model)
+    if isinstance(model, nn.parallel.DistributedDataParallel) or _torch.is_in_ddp(weights.values()):
         raise ValueError(
             "exchange_factors(model) comes before DistributedDataParallel(model): it decides then "
             "whose gradients it exchanges"
         )
-    model = _torch.uncompiled(model)
-    weights, others = _weights_of(model)
     if any(map(_torch.is_sharded, weights.values())):
         raise ValueError(
             "exchange_factors is for DistributedDataParallel: with fully_shard no call is needed"

@@ -31,6 +31,7 @@ FAULTS = {
     "join": r"join\(\) cannot be used.*drop_last=True",
     "step_in_backward": "step_in_backward=True steps before",
     "too late": r"comes before DistributedDataParallel\(model\)",
+    "after DDP": r"comes before DistributedDataParallel\(model\)",
     "other names": "DistributedDataParallel exchanges up.weight as well",
     "unfrozen later": r"frozen.* when exchange_factors\(model\) was called is not exchanged",
     "nothing left": "needs a parameter that requires a gradient besides",
@@ -272,6 +273,21 @@ def test_messages_wait_as_long_as_those_of_the_group(process_group):
     """A rank that is gone is told of when its own messages would tell it."""
     exchange = Exchange({}, None, list)
     assert _torch.timeout_of(exchange._group) == timedelta(seconds=77)
+
+
+def test_a_ddp_that_is_gone_is_in_nobodys_way(process_group):
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    ddp = DistributedDataParallel(model)
+    ddp.itself = [ddp]
+    with pytest.raises(ValueError, match="comes before DistributedDataParallel"):
+        exchange_factors(torch.compile(ddp))
+    with pytest.raises(ValueError, match="comes before DistributedDataParallel"):
+        exchange_factors(model)
+    del ddp
+    exchange_factors(model)
+    ddp = DistributedDataParallel(model)
+    assert all(parameter.dim() == 1 for parameter in _torch.parameters_of_ddp(ddp))
+    exchange_factors(model)  # it has left the weight alone
 
 
 def test_buckets(process_group, monkeypatch):

@@ -562,6 +562,14 @@ def too_late() -> None:
     exchange_factors(DistributedDataParallel(Net()))
 
 
+def after_ddp() -> None:
+    """Both would exchange the weights: their gradients were 0."""
+    model = Net()
+    ddp = DistributedDataParallel(model)
+    exchange_factors(model)
+    one_step(ddp)
+
+
 def other_names() -> None:
     model = nn.Sequential(Net())
     exchange_factors(model[0])
@@ -636,6 +644,7 @@ FAULTS = {
     "join": joined,
     "step_in_backward": stepping_in_backward,
     "too late": too_late,
+    "after DDP": after_ddp,
     "other names": other_names,
     "nothing left": nothing_left,
     "another module": another_module,
