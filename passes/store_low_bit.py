@@ -31,12 +31,14 @@ aten = torch.ops.aten
 GROUPS = (128, 64, 32)  # how many neighbours in the last dimension share a scale
 SMALLEST = 2**13  # elements; less is not worth a kernel
 MANY = 32  # values that a statistic is at least made of
-_TINY = 1e-30  # in place of a largest value of 0
+_TINY = torch.finfo(torch.float32).tiny  # in place of a largest value of 0
 _DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _LARGEST = {torch.int8: 127.0**2, torch.float8_e4m3fn: 448.0}
 
 # Operators whose result is a little off where their input is.
-_SMOOTH = {"mul", "add", "sub", "neg", "sigmoid", "tanh", "erf", "where", "rsub"}
+_SMOOTH = {"mul", "add", "neg", "sigmoid", "tanh", "erf", "where"}
+_BOUNDED = {"sigmoid", "tanh", "erf"}
+_CONSTANT = {"full", "full_like", "scalar_tensor", "ones_like"}
 _MOVING = {"slice", "select", "cat", "split", "split_with_sizes", "_unsafe_index"}
 _SUMMING = {"sum", "mean"} | PRODUCT_NAMES - {"convolution_backward"}
 _OF_ATTENTION = {"query", "key", "value", "out", "output"}
@@ -59,7 +61,8 @@ def store_low_bit(halves: Partition, kind: LowBit, share: float = 1.0) -> Partit
 
     Left as they are: statistics, what the forward gets or returns, what is small, and what the
     backward reads by an operator that makes more of a rounding: an exponential, a comparison, a
-    division by it, an index, one that is not known here.
+    division by it, a difference in which it may cancel, an index, one that is not known here; also
+    where such an operator reads what a matmul makes of it.
 
     Args:
         halves: taken over.
@@ -266,14 +269,19 @@ def _reads_smoothly(
     if node in user.kwargs.values():  # such as an attention mask
         return False
     name, first = operator_base(user), user.args[0] if user.args else None
-    if name in _SUMMING:
-        return True
-    if "attention" in name:
-        arguments = zip(user.target._schema.arguments, user.args, strict=False)  # type: ignore[union-attr]
-        return all(a.name in _OF_ATTENTION for a, value in arguments if value is node)
     if is_relabelling(user) or (name in _MOVING and _is_data_of(node, user)):
-        return _stands_rounding(user, gradients, is_derived)
-    if name == "exp":
+        is_cast = is_tensor(user) and not user.meta["val"].dtype.is_floating_point
+        return not is_cast and _stands_rounding(user, gradients, is_derived)
+    if name in _SUMMING:
+        stands = True
+    elif "attention" in name:
+        schema = getattr(user.target, "_schema", None)  # FlexAttention has none
+        arguments = zip(schema.arguments, user.args, strict=False) if schema else ()
+        read = [argument.name for argument, value in arguments if value is node]
+        stands = bool(read) and _OF_ATTENTION.issuperset(read)
+    elif name in ("sub", "rsub"):
+        stands = _does_not_cancel(user, node)
+    elif name == "exp":
         stands = _is_of_sigmoid(user) or _is_bell(user)
     elif name == "pow":
         stands = first is node and user.args[1] in (1, 2, 3)
@@ -282,6 +290,33 @@ def _reads_smoothly(
     else:
         stands = name in _SMOOTH and not (name == "where" and first is node)
     return stands and (user in gradients or _stands_rounding(user, gradients, True))
+
+
+def _does_not_cancel(difference: fx.Node, node: fx.Node) -> bool:
+    """Whether a difference is about right where one of its sides, this node, is.
+
+    That from a mean is, unless it is far smaller than the mean; 1 - tanh(x) is of an x that is
+    about right, and not of a tanh(x) that is.
+    """
+    others = [side for side in difference.args[:2] if side is not node]
+    if len(others) != 1 or difference.kwargs:
+        return False
+    (other,) = others
+    if not isinstance(other, fx.Node) or operator_base(other) in _CONSTANT:
+        return _is_of_bounded(node)
+    return is_tensor(other) and _elements(node) >= MANY * _elements(other)
+
+
+def _is_of_bounded(node: object) -> bool:
+    """Whether a value is a power of a sigmoid, tanh or erf that the backward makes itself."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return False
+    name, arguments = operator_base(node), node.args
+    if name in ("reciprocal", "div"):
+        return isinstance(arguments[-1], fx.Node) and _is_of_sigmoid(arguments[-1])
+    if name == "pow" or is_relabelling(node):
+        return _is_of_bounded(arguments[0])
+    return name in _BOUNDED or (name == "mul" and all(map(_is_of_bounded, arguments[:2])))
 
 
 def _is_data_of(node: fx.Node, user: fx.Node) -> bool:

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from compact_fx import CompactAdamW, SketchedGrad, compact_backend
 
@@ -48,6 +51,87 @@ def test_gradients_are_within_five_percent_in_every_layer(wide_llama, tokens, ki
         assert (actual[name] - gradient).norm() < 0.05 * gradient.norm(), name
     assert (actual["embedded"] - expected["embedded"]).norm() > 0
     assert f"{DTYPES[kind]} (" in str(backend.report())
+
+
+def layers(*biases: float) -> list[nn.Linear]:
+    """Of 128 features, with these added to their biases."""
+    torch.manual_seed(0)
+    made = [nn.Linear(128, 128) for _ in biases]
+    for layer, bias in zip(made, biases, strict=True):
+        layer.bias.data += bias
+    return made
+
+
+def near_target(a, b):
+    """Of a prediction that something else reads as well: in the loss its rounding would stay."""
+
+    def function(x):
+        y = b(torch.tanh(a(x)))
+        target = (y + 0.01 * torch.cos(100 * y)).detach()
+        return F.mse_loss(y, target) + 1e-5 * y.square().mean()
+
+    return function
+
+
+def in_a_checkpoint(z, inner):
+    return lambda x: checkpoint(inner, z(x) + x, use_reentrant=False)
+
+
+def saturated(activation):
+    a, b = layers(5, 0)
+    return lambda x: b(activation(a(x))).square().mean()
+
+
+def truncated():
+    a, b, c = layers(0, 0, 0)
+
+    def function(x):
+        y = (3 * a(x)).round()
+        return c(y.detach().long() * torch.tanh(b(x)) + b(y)).square().mean()
+
+    return function
+
+
+def routed():
+    z, e, u = layers(0, 0, 0)
+    weights = torch.randn(128, 128, 16, generator=torch.Generator().manual_seed(2))
+
+    def experts(h):
+        value, chosen = e(h).softmax(-1).max(-1)
+        gates = F.one_hot(chosen, 128) * value[:, None]
+        return torch.einsum("te,tf,efd->td", gates, F.silu(u(h)), weights).square().mean()
+
+    return in_a_checkpoint(z, experts)
+
+
+AMPLIFIED = {  # what would make much more of a rounding
+    "a loss near its target": lambda: near_target(*layers(0, 0)),
+    "the same in a checkpoint": lambda: in_a_checkpoint(layers(0)[0], near_target(*layers(0, 0))),
+    "a saturated tanh": lambda: saturated(torch.tanh),
+    "a saturated sigmoid": lambda: saturated(torch.sigmoid),
+    "a cast to integers": truncated,
+    "a sine behind a matmul": lambda: in_a_checkpoint(
+        layers(0)[0], lambda h: torch.sin(100 * layers(0)[0](h)).square().mean()
+    ),
+    "a choice of experts": routed,
+}
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("case", AMPLIFIED)
+def test_what_makes_more_of_a_rounding_is_kept(case, kind):
+    def gradient(**settings):
+        torch._dynamo.reset()
+        x = torch.randn(128, 128, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        function = AMPLIFIED[case]()
+        if settings:
+            backend = compact_backend(**EXACT, **settings, inner="aot_eager")
+            function = torch.compile(function, backend=backend)
+        function(x).backward()
+        return x.grad
+
+    expected = gradient()
+    assert (gradient(saved=kind) - expected).norm() < 0.05 * expected.norm()
 
 
 def test_it_trains_alike(wide_llama, make_llama, tokens):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._higher_order_ops.flex_attention import flex_attention_backward
 
 from compact_fx.config import CompactConfig
 from compact_fx.passes import store_low_bit as module
@@ -99,6 +100,20 @@ def test_a_large_value_leaves_its_neighbours_theirs(times, least):
     assert error.norm() < 0.008 * x.norm()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiny_values_come_back(kind):
+    x = 1e-30 * torch.randn(4, 128, generator=torch.Generator().manual_seed(0))
+    error = dequantize(*quantize(x, KINDS[kind], 128), x.dtype) - x
+    assert (1e30 * error).norm() < ERRORS[kind] * (1e30 * x).norm()
+
+
+def test_attention_without_a_schema_is_not_known():
+    graph = torch.fx.Graph()
+    q = graph.placeholder("q")
+    backward = graph.call_function(flex_attention_backward, (q, q, q))
+    assert not module._reads_smoothly(backward, q, {backward}, False)
+
+
 @pytest.mark.parametrize("shape", [(8,), (3, 16), (2, 5, 64)])
 def test_masks_are_exact(shape):
     mask = torch.rand(shape) < 0.3
@@ -135,8 +150,7 @@ ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
+    "square": torch.square,
 }
 
 
@@ -212,6 +226,10 @@ LEFT_ALONE = {
     "a statistic": lambda m, x: (m.a(x).pow(2).sum(0) ** 2 * m.s) ** 3,
     "softmax of scores": lambda m, x: (m.a(x) @ x.T).mul(m.s.sum()).softmax(-1),
     "an output": lambda m, x: (lambda y: (y, y**2))(m.a(x)),
+    "1 - tanh²": lambda m, x: m.a(x).tanh(),
+    "s (1 - s)": lambda m, x: m.a(x).sigmoid(),
+    "a difference": lambda m, x: (lambda y: (y - x).square() + y.sin())(m.a(x)),
+    "an integer": lambda m, x: (lambda y: m.s * y + y.long() * x)(m.a(x)),
 }
 
 
