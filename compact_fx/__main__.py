@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seq", type=int, help="tokens in a sequence (2048, or the most that the model takes)"
     )
     dtypes = ["bfloat16", "float16", "float32"]
-    of_weights = "of weights (bfloat16; float32 with --autocast of explain)"
+    of_weights = "of weights (bfloat16; in `explain` and `graph` float32 with --autocast)"
     model.add_argument("--dtype", choices=dtypes, help=of_weights)
     model.add_argument("--layers", type=int, help="in place of num_hidden_layers")
     kinds = "(tracked for sketched gradients, countsketch for dense ones)"
@@ -246,11 +246,16 @@ def _fit(args: argparse.Namespace) -> None:
     if args.json:
         print(found.to_json())
         return
+    length = inputs(1)["input_ids"].shape[1]
+    weights = sum(weight.numel() for weight in whole.parameters())
     note = (
-        f"Predicted, not measured, with weights in {args.dtype or 'bfloat16'}. "
+        f"Predicted, not measured: {args.hf_config}, {weights / 1e9:.3g} billion weights in "
+        f"{args.dtype or 'bfloat16'}, sequences of {length} tokens. "
         f"Peaks are of tensors, below {args.gpu / 1e9:.2f} GB less "
         f"{args.reserve / 1e9:.2f} GB; times are a roofline of {args.tflops:g} TFLOP/s and "
-        f"{args.gbps:g} GB/s, of the first row's a token and of torch.compile's at the same batch. "
+        f"{args.gbps:g} GB/s. Rank `full` is torch.compile with AdamW. `time a token` is relative "
+        "to the first row, `torch.compile = 1` to torch.compile's step at the row's batch, whether "
+        "or not that fits. "
         "Less rank is faster and costs quality, see docs/quality.md."
     )
     print(found, fill(note, 100), sep="\n\n")

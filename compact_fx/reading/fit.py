@@ -8,7 +8,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -58,15 +58,17 @@ class Candidate:
 
     Attributes:
         batch: sequences.
+        rank: None for torch.compile with AdamW.
         checkpointing: each layer is computed again in the backward pass.
         state_dtype: of `CompactAdamW`.
         bytes: the most that tensors take at one time.
         seconds: for each sequence, if the GPU reached its peak rates: to compare with others.
-        of_compiled: that time, as a share of torch.compile's with AdamW and the same batch.
+        of_compiled: that time, as a share of torch.compile's with AdamW and the same batch, without
+            checkpointing.
     """
 
     batch: int
-    rank: Rank
+    rank: Rank | None
     saved: Storage
     checkpointing: bool
     state_dtype: Literal["fp8"] | None
@@ -81,18 +83,21 @@ class Fit:
 
     Attributes:
         candidates: those that fit, the fastest first.
+        compiled: torch.compile with AdamW, where that fits, the fastest first.
         config: their other settings.
     """
 
     candidates: tuple[Candidate, ...]
+    compiled: tuple[Candidate, ...]
     config: CompactConfig
 
     def __str__(self) -> str:
         return self.recommendation() + "\n\n" + self.table()
 
     def recommendation(self) -> str:
-        """The fastest, as a line of code."""
+        """The fastest, as a line of code, and how long torch.compile would take."""
         best, default = self.candidates[0], CompactConfig()
+        assert best.rank is not None
         config = replace(self.config, rank=best.rank, saved=best.saved)
         settings = [
             f"{field.name}={getattr(config, field.name)!r}"
@@ -102,15 +107,20 @@ class Fit:
         states = "" if best.state_dtype is None else f", state_dtype={best.state_dtype!r}"
         how = ", with checkpointing" if best.checkpointing else ""
         code = f"compact_backend({', '.join(settings)}), CompactAdamW(params{states})"
-        return f"{code}  # batch {best.batch}{how}"
+        other = "does not fit"
+        if self.compiled:
+            plain = self.compiled[0]
+            other = f"takes {plain.seconds / best.seconds:.2f} times as long (batch {plain.batch}"
+            other += ", with checkpointing)" if plain.checkpointing else ")"
+        return f"{code}  # batch {best.batch}{how}; torch.compile with AdamW {other}"
 
     def table(self, tablefmt: str = "simple") -> str:
-        """The twelve fastest; GB are 10⁹ bytes."""
+        """The twelve fastest, and torch.compile with AdamW; GB are 10⁹ bytes."""
         fastest = self.candidates[0].seconds
         rows = [
             [
                 c.batch,
-                c.rank,
+                "full" if c.rank is None else c.rank,
                 c.saved,
                 "yes" if c.checkpointing else "no",
                 c.state_dtype or "as gradients",
@@ -118,7 +128,7 @@ class Fit:
                 f"{c.seconds / fastest:.3f}",
                 f"{c.of_compiled:.3f}",
             ]
-            for c in self.candidates[:_MOST_ROWS]
+            for c in (*self.candidates[:_MOST_ROWS], *self.compiled)
         ]
         headers = ["batch", "rank", "saved", "checkpointing", "moments", "GB", "time a token"]
         headers.append("torch.compile = 1")
@@ -127,8 +137,11 @@ class Fit:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with stable names, sizes in bytes."""
-        candidates = [asdict(candidate) for candidate in self.candidates]
-        return {"recommendation": self.recommendation(), "candidates": candidates}
+        return {
+            "recommendation": self.recommendation(),
+            "candidates": [asdict(candidate) for candidate in self.candidates],
+            "compiled": [asdict(candidate) for candidate in self.compiled],
+        }
 
     def to_json(self, indent: int | None = 1) -> str:
         """`to_dict` as text."""
@@ -186,42 +199,51 @@ def fit(
             f"weights of {layers} layers take {expected} bytes, and {lasting} if all were "
             f"like the first {depths[-1]}: layers that are not alike cannot be predicted from few"
         )
-    found, smallest = [], []
-    for checkpointed, key, state_dtype in itertools.product(checkpointing, configs, MOMENTS):
+    found: list[Candidate] = []
+    too_large: list[Candidate] = []
+    with_adamw: Iterable[Any] = ((checkpointed, None, None) for checkpointed in checkpointing)
+    others = itertools.product(checkpointing, configs, MOMENTS)
+    for checkpointed, key, state_dtype in itertools.chain(with_adamw, others):
         way = ways[checkpointed, key]
         most = way.batch(gpu.memory, state_dtype) if batch is None else batch
-        if not way.sketches(max(most, 1)):
+        if key is not None and not way.sketches(max(most, 1)):
             continue
-        smallest.append((way.peak(batch or 1, state_dtype), key, checkpointed, state_dtype))
-        peak = way.peak(most, state_dtype)
-        if most < 1 or peak > gpu.memory:
-            continue
-        seconds = way.seconds(most, gpu, state_dtype, config.interval)
-        found.append(
-            Candidate(
-                batch=most,
-                rank=key[0],
-                saved=key[1],
-                checkpointing=checkpointed,
-                state_dtype=state_dtype,
-                bytes=peak,
-                seconds=seconds / most,
-                of_compiled=seconds / compiled.seconds(most, gpu, None, config.interval),
-            )
+        rank, saved = (None, CompactConfig.saved) if key is None else key
+        given = max(most, 1)
+        seconds = way.seconds(given, gpu, state_dtype, config.interval)
+        candidate = Candidate(
+            batch=given,
+            rank=rank,
+            saved=saved,
+            checkpointing=checkpointed,
+            state_dtype=state_dtype,
+            bytes=way.peak(given, state_dtype),
+            seconds=seconds / given,
+            of_compiled=seconds / compiled.seconds(given, gpu, None, config.interval),
         )
-    if not smallest:
+        if replace(candidate, saved="keep") in found:  # nothing crosses in 8 bits
+            continue
+        (found if candidate.bytes <= gpu.memory else too_large).append(candidate)
+    if all(c.rank is None for c in (*found, *too_large)):
         raise CannotCompact("no weight is sketched with any of these settings: see `explain`")
-    if not found:
-        peak, (rank, saved), checkpointed, state_dtype = min(smallest, key=lambda s: s[0])
-        raise ValueError(
-            f"nothing fits into {gpu.memory / 1e9:.2f} GB; the smallest prediction is "
-            f"{peak / 1e9:.2f} GB (batch {batch or 1}, rank={rank}, saved={saved!r}, "
-            f"checkpointing={checkpointed}, state_dtype={state_dtype!r}): use shorter sequences, a "
-            "smaller rank, or a larger GPU. Layers compiled and stepped one by one take less: "
-            "examples/train_8b.py"
-        )
     found.sort(key=lambda c: (c.seconds, c.bytes))
-    return Fit(tuple(found), config)
+    ours = tuple(c for c in found if c.rank is not None)
+    if not ours:
+        raise ValueError(
+            _nothing_fits(gpu, min(too_large, key=lambda c: (c.rank is None, c.bytes)))
+        )
+    return Fit(ours, tuple(c for c in found if c.rank is None), config)
+
+
+def _nothing_fits(gpu: GPU, smallest: Candidate) -> str:
+    how = "with" if smallest.checkpointing else "without"
+    return (
+        f"none of these settings fits into {gpu.memory / 1e9:.2f} GB; the smallest prediction is "
+        f"{smallest.bytes / 1e9:.2f} GB (batch {smallest.batch}, rank={smallest.rank}, "
+        f"saved={smallest.saved!r}, {how} checkpointing, moments "
+        f"{smallest.state_dtype or 'as gradients'}). Layers compiled and stepped one by one take "
+        "less: examples/train_8b.py. Here shorter sequences and a smaller rank do"
+    )
 
 
 # --- sizes ---------------------------------------------------------------------------------------

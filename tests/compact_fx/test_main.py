@@ -117,7 +117,9 @@ def test_fit(capsys):
     assert first.startswith("compact_backend(rank=0.25, exclude=('*.q_proj.*',)")
     assert "CompactAdamW(params" in first
     assert {row.split()[3] for row in rest[1 : rest.index("")]} == {"yes", "no"}
-    assert "Predicted, not measured, with weights in bfloat16." in "\n".join(rest)
+    note = " ".join(rest)
+    assert f"Predicted, not measured: {TINY}," in note
+    assert "billion weights in bfloat16, sequences of 32 tokens." in note
 
 
 @pytest.mark.parametrize(
