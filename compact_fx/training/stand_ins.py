@@ -1,5 +1,7 @@
 """One step of any optimizer on factors: stand-ins take the weights' place (paper, Algorithm 3)."""
 
+import math
+import numbers
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -123,10 +125,15 @@ class CompactOptimizer(torch.optim.Optimizer):
                 f"refresh={refresh!r} must be one of {', '.join(map(repr, REFRESHES))}"
             )
         self._settings = _Settings(refresh=refresh, **settings)
+        if not isinstance(self._settings.step_in_backward, bool):
+            raise TypeError(f"step_in_backward={self._settings.step_in_backward!r} must be a bool")
         dtype = self._settings.state_dtype
-        is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
         if not (dtype is None or is_float or self._settings.in_8_bits):
-            raise ValueError(f'state_dtype={dtype!r} must be a floating-point type, "fp8" or None')
+            raise ValueError(
+                f"state_dtype={dtype!r} must be a floating-point type of 16 bits or more, None, or "
+                '"fp8" for 8 bits with a scale for 256 neighbours'
+            )
         self._bases: dict[Tensor, Basis] = {}  # of the sketched weights' states
         self._names: dict[Tensor, dict[str, Tensor]] = {}  # what they are called in saved ones
         self._warned: set[str] = set()
@@ -152,8 +159,10 @@ class CompactOptimizer(torch.optim.Optimizer):
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         for name in ("scale", "dense_scale"):
-            if not group.get(name, 1.0) > 0:
-                raise ValueError(f"{name}={group[name]!r} must be > 0")
+            value = group.get(name, 1.0)
+            is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            if not (is_number and 0 < value < math.inf):
+                raise ValueError(f"{name}={value!r} must be a finite number > 0")
         if group.get("weight_decay") and self._is_decoupled(group) is None:
             raise ValueError(
                 f"weight_decay={group['weight_decay']}: it is not known whether that of "
@@ -228,8 +237,9 @@ class CompactOptimizer(torch.optim.Optimizer):
             what = "the backend makes gradients dense: give it gradients='sketched'"
         elif not any_sketched():
             what = (
-                "no weight is sketched: compile the model with backend=compact_backend(...), and "
-                "not by model.compile() as well, which wins; the backend's report says more"
+                "no weight is sketched: the backend's report says why; if it is empty, compile the "
+                "model with backend=compact_backend(...), and not by model.compile() as well, "
+                "which wins"
             )
         else:
             return
@@ -248,14 +258,14 @@ class CompactOptimizer(torch.optim.Optimizer):
         if not self._settings.in_8_bits:
             return [[(group, group) for group in groups]]
         batches: list[list[tuple[dict[str, Any], dict[str, Any]]]] = []
-        size = _MOST_ELEMENTS
+        size = 0
         for group in groups:
             part: dict[str, Any] | None = None
             for weight in group["params"]:
                 if weight.grad is None:
                     continue
                 elements = (factors[weight][0] if weight in factors else weight).numel()
-                if size + elements > _MOST_ELEMENTS:
+                if not batches or size + elements > _MOST_ELEMENTS:
                     batches.append([])
                     part, size = None, 0
                 if part is None:
@@ -598,7 +608,12 @@ class CompactOptimizer(torch.optim.Optimizer):
                 plain[name] = {k: v for k, v in own[weight].items() if k not in as_is}
             else:
                 steps[weight] = 0
-        super().load_state_dict({**state_dict, "state": plain})
+        before = self.state, self.param_groups
+        try:
+            super().load_state_dict({**state_dict, "state": plain})
+        except Exception:  # some classes look at what they have taken over already
+            self.state, self.param_groups = before
+            raise
         for group in self.param_groups:
             for key in ("scale", "dense_scale"):
                 group.setdefault(key, self.defaults[key])

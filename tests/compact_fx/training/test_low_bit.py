@@ -326,6 +326,17 @@ class Counting(torch.optim.Optimizer):
                 p.sub_(m / (1 - 0.9 ** group["step"]), alpha=group["lr"])
 
 
+def test_an_empty_weight_is_stepped_first():
+    empty, full = nn.Parameter(torch.randn(0, 5)), nn.Parameter(torch.randn(64, 64))
+    optimizer = CompactAdamW([empty, full], state_dtype="fp8")
+    for given in ([empty], [empty, full]):
+        for weight in given:
+            weight.grad = torch.ones_like(weight)
+        before = full.detach().clone()
+        optimizer.step()
+        assert torch.equal(before, full) is (len(given) == 1)
+
+
 @pytest.mark.parametrize("make", [torch.optim.AdamW, Counting])
 def test_some_at_once_is_all_at_once(make, monkeypatch):
     """The same to the bit, and what a class counts in its groups it counts once."""
@@ -465,7 +476,7 @@ def test_a_class_that_keeps_something_else_is_refused(make, settings, name):
 
 
 def test_what_is_no_type_is_refused():
-    with pytest.raises(ValueError, match=r"state_dtype='int4' must be .*\"fp8\" or None"):
+    with pytest.raises(ValueError, match=r"state_dtype='int4' must be .* None, or \"fp8\""):
         CompactAdamW([nn.Parameter(torch.ones(3))], state_dtype="int4")
 
 

@@ -4,6 +4,7 @@ import argparse
 import ast
 import copy
 import io
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -279,7 +280,7 @@ def test_groups_that_come_later():
     assert optimizer.param_groups[-1]["scale"] == 0.5
     train(model, backend(), optimizer, 1)
     assert optimizer.state[model[0].weight]["step"].item() == 3
-    with pytest.raises(ValueError, match="scale=-1 must be > 0"):
+    with pytest.raises(ValueError, match="scale=-1 must be a finite number > 0"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], "scale": -1})
     model = mlp()
     optimizer = CompactAdamW(model.parameters(), lr=1e-2)
@@ -475,14 +476,44 @@ def test_step_in_backward():
     ("settings", "message"),
     [
         ({"refresh": "flip"}, "refresh='flip' must be one of 'keep', 'project', 'reset'"),
-        ({"scale": 0.0}, "scale=0.0 must be > 0"),
+        ({"scale": 0.0}, "scale=0.0 must be a finite number > 0"),
+        ({"scale": math.inf}, "scale=inf must be a finite number > 0"),
+        ({"dense_scale": True}, "dense_scale=True must be a finite number > 0"),
+        ({"scale": "1"}, "scale='1' must be a finite number > 0"),
         ({"state_dtype": torch.int32}, "state_dtype=torch.int32 must be a floating-point type"),
+        ({"state_dtype": torch.float8_e4m3fn}, 'of 16 bits or more, None, or "fp8" for 8 bits'),
     ],
 )
 def test_bad_settings(settings, message):
     """Errors name the setting, the value and what is allowed."""
     with pytest.raises(ValueError, match=message):
         CompactAdamW(mlp().parameters(), **settings)
+
+
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_step_in_backward_is_a_bool(value):
+    with pytest.raises(TypeError, match=f"step_in_backward={value!r} must be a bool"):
+        CompactAdamW(mlp().parameters(), step_in_backward=value)
+
+
+def test_a_state_that_the_class_cannot_take_changes_nothing():
+    """AdamW itself looks for `step` when it has the state already."""
+    model = mlp()
+    optimizer = CompactAdamW(model.parameters())
+    for weight in model.parameters():
+        weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    damaged = copy.deepcopy(saved)
+    del damaged["state"][1]["step"]
+    with pytest.raises(KeyError, match="step"):
+        optimizer.load_state_dict(damaged)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == saved["param_groups"]
+    for number, state in saved["state"].items():
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(after["state"][number][name]), value), name
+    optimizer.step()
 
 
 @pytest.mark.long
