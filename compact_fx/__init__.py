@@ -3,7 +3,7 @@
 from compact_fx import _version as _version  # isort: skip
 from compact_fx.backend import CompactBackend, compact_backend
 from compact_fx.config import CompactConfig
-from compact_fx.errors import CannotCompact
+from compact_fx.errors import BudgetTooSmall, CannotCompact
 from compact_fx.plan import Account, Plan, Saved, Site
 from compact_fx.projections import Projection, random_projection
 from compact_fx.reading import plots
@@ -20,6 +20,7 @@ from compact_fx.training.weights import count_step, set_steps
 __all__ = [
     "Account",
     "Breakdown",
+    "BudgetTooSmall",
     "CannotCompact",
     "CompactAdamW",
     "CompactBackend",

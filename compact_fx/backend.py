@@ -1,6 +1,7 @@
 """The backend object that torch.compile calls with each of Dynamo's graphs."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ from compact_fx import _torch
 from compact_fx.compiler import GraphCompiler
 from compact_fx.config import CompactConfig, config_from
 from compact_fx.errors import BudgetTooSmall, CannotCompact, warn_at_caller
-from compact_fx.passes.joint_graph import JointGraph
+from compact_fx.passes.find_weight_grads import SCALED
+from compact_fx.passes.joint_graph import Earlier, JointGraph
 from compact_fx.passes.list_sites import CHOSEN
 from compact_fx.plan import Plan
 from compact_fx.reading.graphs import CompactedGraphs, named
@@ -37,6 +39,7 @@ class CompactBackend:
         self.graphs: list[CompactedGraphs] = []
         self._watch = Watch()
         self._names: set[str] = set()
+        self._earlier = Earlier()
         self._earlier_breaks = _torch.graph_breaks()
         if config.kind == "tracked" and config.gradients == "dense":
             warn_at_caller(
@@ -73,7 +76,7 @@ class CompactBackend:
             inductor = _torch.inductor_options(mode, self.config.options)
         else:
             inductor = self._options
-        compiler = GraphCompiler(self.config, inductor, module, example_inputs)
+        compiler = GraphCompiler(self.config, inductor, module, example_inputs, self._earlier)
         graphs: list[CompactedGraphs] = []  # of the last plan
 
         def observe(joint: JointGraph, plan: Plan) -> None:
@@ -84,6 +87,7 @@ class CompactBackend:
             if not compiler.trains():
                 return compiler.compile_untouched()
             plan, compiled = compiler.compile(compiler.plan(observe), self._watch, observe)
+            self._earlier = compiler.earlier
         except CannotCompact as error:
             if self.config.strict or isinstance(error, BudgetTooSmall):
                 raise
@@ -130,7 +134,8 @@ class CompactBackend:
         self._names |= {site.weight for site in plan.sites}
         for text in self.config.unmatched(self._names):
             warn_at_caller(text)
-        reasons = sorted({site.reason for site in plan.sites if site.in_features})
+        matmuls = (s for s in plan.sites if s.in_features or s.reason.startswith(SCALED))
+        reasons = [reason for reason, _ in Counter(s.reason for s in matmuls).most_common()]
         if reasons and not plan.sketched:
             reason = f"nothing is sketched in a graph: {'; '.join(reasons)}"
             warn_at_caller(reason)

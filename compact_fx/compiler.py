@@ -17,7 +17,7 @@ from compact_fx.config import CompactConfig
 from compact_fx.errors import CannotCompact, SiteFailed, failures_of, warn_at_caller
 from compact_fx.passes.apply_plan import apply_plan, expand
 from compact_fx.passes.choose_sites import choose_sites
-from compact_fx.passes.joint_graph import JointGraph, capture
+from compact_fx.passes.joint_graph import Earlier, JointGraph, capture
 from compact_fx.plan import Plan
 from compact_fx.training.inputs import GraphInputs
 from compact_fx.training.watch import Watch
@@ -36,6 +36,9 @@ class GraphCompiler:
     """Compiles one graph of Dynamo's, in two phases: plan, then compile what was planned.
 
     Dynamo's own graph is never changed: every phase gets a copy.
+
+    Attributes:
+        earlier: what is known of the graphs before it, and from `plan` on of this one.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class GraphCompiler:
         options: Mapping[str, Any],
         module: fx.GraphModule,
         example_inputs: Sequence[Any],
+        earlier: Earlier | None = None,
     ) -> None:
         self._config = config
         self._options = options
@@ -58,6 +62,7 @@ class GraphCompiler:
         self._buffers = frozenset(
             i for i, node in enumerate(placeholders) if _torch.is_buffer(node)
         )
+        self.earlier = Earlier() if earlier is None else earlier
         self._failed: dict[str, str] = {}  # weight → reason, of those that a pass has failed for
 
     def trains(self) -> bool:
@@ -128,6 +133,8 @@ class GraphCompiler:
                     break
                 except SiteFailed as error:
                     self._leave_alone(error)
+            allowed = max(self.earlier.allowed, plan.account.allowed)
+            self.earlier = replace(self.earlier, allowed=allowed)
             if observe is not None:
                 observe(joint, plan)
             return plan
@@ -220,7 +227,7 @@ class GraphCompiler:
             if record is not None and record.group is not None
         }
         sides = {i: r.side for i, r in records.items() if r is not None and r.side is not None}
-        return capture(
+        joint = capture(
             module,
             num_fwd_outputs,
             static_inputs,
@@ -230,6 +237,10 @@ class GraphCompiler:
             sides,
             self._shards(),
         )
+        if (vocabulary := joint.vocabulary()) is not None:
+            known = self.earlier.vocabularies | {vocabulary}
+            self.earlier = replace(self.earlier, vocabularies=known)
+        return replace(joint, earlier=self.earlier)
 
     def _shards(self) -> dict[int, int]:
         """By index which dimension `fully_shard` has sharded, where that matters to a gradient."""

@@ -93,10 +93,6 @@ class CompactConfig:
         _check_choice("gradients", self.gradients, ("dense", "sketched"))
         if self.projection is not None:
             _check_choice("projection", self.projection, KINDS)
-        if self.memory_budget is not None:
-            _check_share_or_number(
-                "memory_budget", self.memory_budget, "of torch.compile's", "bytes"
-            )
         _check_choice("saved", self.saved, get_args(Storage))
         _check_choice("place", self.place, get_args(Place))
         _check_choice("inner", self.inner, get_args(Inner))
@@ -110,10 +106,21 @@ class CompactConfig:
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         for name in ("sketch_heads", "recompute", "keep_graphs", "strict"):
             _check_type(name, getattr(self, name), bool)
+        if self.memory_budget is not None:
+            self._check_budget(self.memory_budget)
         if self.mode is not None:
             _check_type("mode", self.mode, str)
         _check_type("options", self.options, Mapping)
         object.__setattr__(self, "options", dict(self.options))
+
+    def _check_budget(self, budget: object) -> None:
+        _check_share_or_number("memory_budget", budget, "of torch.compile's", "bytes", "one byte")
+        for name, default in (("saved", "keep"), ("recompute", True)):
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"memory_budget={budget!r} and {name}={getattr(self, name)!r} cannot both be: "
+                    f"the budget chooses {name}. Leave one of them out"
+                )
 
     @property
     def kind(self) -> Kind:
@@ -187,12 +194,12 @@ def _check_int(name: str, value: object, smallest: int) -> None:
 
 
 def _check_rank(name: str, value: object) -> None:
-    _check_share_or_number(name, value, "of in_features", "absolute rank")
-    if isinstance(value, int) and value == 1:
-        warn_at_caller(f"{name}=1 is one column of each weight; {name}=1.0 is all of them")
+    _check_share_or_number(
+        name, value, "of in_features", "absolute rank", "one column of each weight"
+    )
 
 
-def _check_share_or_number(name: str, value: object, whole: str, unit: str) -> None:
+def _check_share_or_number(name: str, value: object, whole: str, unit: str, one: str) -> None:
     allowed = f"a float in (0, 1] (fraction {whole}) or an int ≥ 1 ({unit})"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}={value!r} must be {allowed}")
@@ -200,6 +207,8 @@ def _check_share_or_number(name: str, value: object, whole: str, unit: str) -> N
         raise ValueError(f"{name}={value!r} must be {allowed}")
     if isinstance(value, int) and value < 1:
         raise ValueError(f"{name}={value!r} must be {allowed}")
+    if isinstance(value, int) and value == 1:
+        warn_at_caller(f"{name}=1 is {one}; {name}=1.0 is all of them")
 
 
 def _check_share(name: str, value: object) -> None:

@@ -33,7 +33,19 @@ class SiteFailed(CannotCompact):
 
 
 class BudgetTooSmall(CannotCompact):
-    """A `memory_budget` that no treatment of a graph reaches; raised whatever `strict` says."""
+    """A `memory_budget` that no treatment of a graph reaches; raised whatever `strict` says.
+
+    From a compiled call it comes as `inner_exception` of torch's `BackendCompilerFailed`.
+
+    Attributes:
+        smallest: bytes of activations at the peak of the graph that can be reached.
+        share: that, of what they take with torch.compile; what `memory_budget` has to be at least.
+    """
+
+    def __init__(self, message: str, smallest: int, share: float) -> None:
+        super().__init__(message)
+        self.smallest = smallest
+        self.share = share
 
 
 @contextlib.contextmanager

@@ -148,6 +148,8 @@ class Account:
         projection_bytes: what tracked projections hold from step to step: P, and Y in float32.
         change_flops: what it takes when all of them change.
         sites: for each of the plan's.
+        allowed: with `memory_budget`, bytes that activations may take at the peak of the graph.
+        peak: those that they are predicted to take then.
     """
 
     saved_before: tuple[Saved, ...] = ()
@@ -155,6 +157,8 @@ class Account:
     projection_bytes: int = 0
     change_flops: int = 0
     sites: tuple[SiteCost, ...] = ()
+    allowed: int = 0
+    peak: int = 0
 
     @property
     def bytes_before(self) -> int:

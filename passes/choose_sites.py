@@ -1,5 +1,6 @@
 """Decide which weight gradients are sketched, and on which side of the boundary."""
 
+import math
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 
@@ -55,18 +56,30 @@ def choose_sites(
     if config.memory_budget is None:
         saved = None if config.saved == "keep" else config.saved
         return choose_for(joint, config, failed, before, Treatment(config.recompute, saved))[0]
+    whole = graph_memory(before, joint, with_reuse=True).peak
     allowed = config.memory_budget
-    if isinstance(allowed, float):
-        allowed = int(allowed * graph_memory(before, joint, with_reuse=True).peak)
+    if isinstance(allowed, float):  # what another graph may take, this one may as well
+        allowed = max(int(allowed * whole), joint.earlier.allowed)
     peaks = []
     for treatment in LADDER:
         plan, cut = choose_for(joint, config, failed, before, treatment)
         peaks.append(graph_memory(cut, joint).peak)
         if peaks[-1] <= allowed:
-            return plan
+            return replace(plan, account=replace(plan.account, allowed=allowed, peak=peaks[-1]))
+    if whole <= allowed:
+        draft, uses = list_sites(joint, config, failed)
+        draft = _left_alone(draft, f"memory_budget={config.memory_budget!r} allows no sketch")
+        return _untouched(joint, draft, uses, before)[0]
+    smallest = min(peaks)
+    share = math.ceil(1000 * smallest / whole) / 1000
+    hint = f": memory_budget={share}" if share <= 1 else ""
     raise BudgetTooSmall(
-        f"memory_budget={config.memory_budget!r} allows activations {allowed} bytes at the peak of "
-        f"a graph; the smallest that can be reached is {min(peaks)}: give more, or smaller batches"
+        f"memory_budget={config.memory_budget!r} allows activations to take {allowed} bytes at the "
+        f"peak of a graph, where torch.compile's take {whole}; the smallest that can be reached is "
+        f"{smallest}{hint}. A lower rank or checkpointing takes less, and of a number of bytes a "
+        "smaller batch",
+        smallest,
+        share,
     )
 
 
@@ -134,9 +147,8 @@ def choose_for(
                 best, uses = trial, others
     more = best.bytes(joint) - before.bytes
     if config.place == "auto" and more > 0:
-        reason = f"sketching keeps {more} bytes more than without"
-        sites = (s.left_alone(s.reason if s.sketch is None else reason) for s in draft.sites)
-        return _untouched(joint, replace(draft, sites=tuple(sites)), uses, before)
+        draft = _left_alone(draft, f"sketching keeps {more} bytes more than without")
+        return _untouched(joint, draft, uses, before)
     account = Account(
         saved_before=before.saved,
         saved_after=best.cut.saved,
@@ -162,6 +174,12 @@ def _placed(plan: Plan, early: Set[tuple[int, int]]) -> Plan:
         site if site.sketch is None else replace(site, placement=placement(site.sketch))
         for site in plan.sites
     )
+    return replace(plan, sites=tuple(sites))
+
+
+def _left_alone(plan: Plan, reason: str) -> Plan:
+    """The plan without sketches, and why."""
+    sites = (s.left_alone(s.reason if s.sketch is None else reason) for s in plan.sites)
     return replace(plan, sites=tuple(sites))
 
 

@@ -189,6 +189,10 @@ def find_weight_grads(
     return tuple(found)
 
 
+SCALED = "its matmul is in"
+"""How a reason begins for a product in float8."""
+
+
 def _reason(node: fx.Node) -> str:
     """Why a gradient that this node makes is left alone."""
     product = node
@@ -196,7 +200,7 @@ def _reason(node: fx.Node) -> str:
         product = product.args[0]  # type: ignore[assignment]
     if operator_base(product) in SCALED_PRODUCT_NAMES:
         dtype = str(product.args[0].meta["val"].dtype)  # type: ignore[union-attr]
-        return f"its matmul is in {dtype.removeprefix('torch.')}: {_operator(product)}"
+        return f"{SCALED} {dtype.removeprefix('torch.')}: {_operator(product)}"
     return f"its gradient is no matmul: {_operator(node)}"
 
 

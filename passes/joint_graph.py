@@ -17,6 +17,19 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
+class Earlier:
+    """What the graphs of one backend say to those that come after them.
+
+    Attributes:
+        vocabularies: shapes of their tables of words.
+        allowed: the most bytes that a share in `memory_budget` has allowed to one of them.
+    """
+
+    vocabularies: frozenset[tuple[int, int]] = frozenset()
+    allowed: int = 0
+
+
+@dataclass(frozen=True)
 class JointGraph:
     """A joint graph and what its inputs mean.
 
@@ -29,6 +42,7 @@ class JointGraph:
         salts: input index → salt, of those parameters that have a projection from other graphs.
         sides: input index → side, of those that are sketched in other graphs.
         shards: input index → dimension, of those that processes have parts of: a factor keeps it.
+        earlier: what this and the graphs before it say of each other.
         added: input index → role, of the inputs that this project adds; in the plan's order.
         like_eager: cut it as eager autograd would, which recomputes nothing; to compare with.
     """
@@ -41,6 +55,7 @@ class JointGraph:
     salts: Mapping[int, int] = field(default_factory=dict)
     sides: Mapping[int, Side] = field(default_factory=dict)
     shards: Mapping[int, int] = field(default_factory=dict)
+    earlier: Earlier = Earlier()
     added: Mapping[int, ProjectionInput | FactorInput] = field(default_factory=dict)
     like_eager: bool = False
 

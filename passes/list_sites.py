@@ -50,17 +50,18 @@ def list_sites(
     side; all others on their input side. A factor keeps the dimension in which its weight is
     sharded: that may ask for the other side. A weight that has a projection from another graph
     keeps it, and its side, and shares a sketch only with weights that have the same. A head is a
-    weight of the same shape as the table of words in the same graph, with more words than features.
+    weight of the same shape as a table of words, of this graph or of one before it, with more words
+    than features.
     """
     grads = find_weight_grads(joint, skip=failed)
     uses = {(grad.index, i): use for grad in grads for i, use in enumerate(grad.uses)}
     known = {index for index, side in joint.sides.items() if side == "input"}
-    head = None if config.sketch_heads else joint.vocabulary()
+    heads = frozenset() if config.sketch_heads else joint.earlier.vocabularies
     sites = [
         site
         for grad in grads
         for site in _sites_of(
-            grad, config, grad.index in known | set(input_side), head, joint.shards.get(grad.index)
+            grad, config, grad.index in known | set(input_side), heads, joint.shards.get(grad.index)
         )
     ]
     uses |= {(s.index, s.use): uses[s.index, s.use].on(s.side) for s in sites if s.rank}
@@ -117,7 +118,7 @@ def _sites_of(
     grad: WeightGrad,
     config: CompactConfig,
     on_input: bool,
-    head: tuple[int, int] | None,
+    heads: Set[tuple[int, int]],
     shard: int | None,
 ) -> Iterable[Site]:
     bare = Site(weight=grad.name, index=grad.index)
@@ -125,7 +126,7 @@ def _sites_of(
         yield replace(bare, reason=grad.reason)
     for i, use in enumerate(grad.uses):
         with failures_of("list_sites", grad.name):
-            yield _site(replace(bare, use=i), use, config, on_input, head, shard)
+            yield _site(replace(bare, use=i), use, config, on_input, heads, shard)
     if grad.uses and grad.reason:
         yield replace(bare, use=len(grad.uses), reason=f"another part: {grad.reason}")
 
@@ -140,12 +141,12 @@ def _site(
     use: Use,
     config: CompactConfig,
     on_input: bool,
-    head: tuple[int, int] | None,
+    heads: Set[tuple[int, int]],
     shard: int | None,
 ) -> Site:
     """The site with its rank, or with the reason why it is left alone.
 
-    head: out_features and in_features of a head over the vocabulary.
+    heads: out_features and in_features of heads over a vocabulary.
     shard: the dimension in which the weight is sharded.
     """
     n, m = use.in_features, use.out_features
@@ -161,7 +162,7 @@ def _site(
         return replace(bare, reason="no pattern of rank matches")
     if n < config.min_features:
         return replace(bare, reason=f"in_features {n} < min_features {config.min_features}")
-    if (m, n) == head and m > n:
+    if (m, n) in heads and m > n:
         return replace(bare, reason=f"a head over {m} words: sketch_heads=False")
     if config.kind == "tracked" and use.matmul.target is GROUPED_PRODUCT:
         return replace(bare, reason="a grouped matmul of this dtype is not tracked")

@@ -19,7 +19,7 @@ from compact_fx.compiler import GraphCompiler
 from compact_fx.config import CompactConfig, config_from
 from compact_fx.errors import warn_at_caller
 from compact_fx.passes.choose_sites import Treatment, choose_for, choose_sites
-from compact_fx.passes.joint_graph import JointGraph
+from compact_fx.passes.joint_graph import Earlier, JointGraph
 from compact_fx.passes.live_bytes import GraphMemory, Moment, graph_memory
 from compact_fx.passes.partition import partition
 from compact_fx.plan import Plan
@@ -305,9 +305,10 @@ class Analyser(Generic[T]):
         self._like_eager = like_eager
         self._options = _torch.inductor_options(config.mode, config.options)
         self.found: list[T] = []
+        self._earlier = Earlier()
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        compiler = GraphCompiler(self._config, self._options, module, inputs)
+        compiler = GraphCompiler(self._config, self._options, module, inputs, self._earlier)
         # A graph without weights keeps tensors too.
         if compiler.trains() or any(_is_tensor(t) and t.requires_grad for t in inputs):
             found = compiler.visit(
@@ -315,6 +316,7 @@ class Analyser(Generic[T]):
                 like_eager=self._like_eager,
             )
             self.found += [found] if found is not None else []
+            self._earlier = compiler.earlier
         return module.forward
 
     def _intermediate(self, joint: JointGraph, inputs: Sequence[Any]) -> set[int]:

@@ -186,6 +186,20 @@ def _totals(plan: Plan) -> str:
             if held
             else ""
         )
+        + _budget(plan)
+    )
+
+
+def _budget(plan: Plan) -> str:
+    """What `memory_budget` has chosen."""
+    account = plan.account
+    if not account.allowed:
+        return ""
+    chosen = ["recompute=True"] if plan.recompute else []
+    chosen += [f"{plan.saved} for {plan.saved_share:.0%} of what crosses"] if plan.saved else []
+    return (
+        f"; memory_budget allows {digits(account.allowed / 1e6)} MB at the peak of the graph, "
+        f"predicted are {digits(account.peak / 1e6)}, {' and '.join(chosen) or 'cut as by torch'}"
     )
 
 

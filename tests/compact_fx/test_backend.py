@@ -354,6 +354,44 @@ def test_another_part_of_a_gradient_is_in_the_report():
     assert exact.reason.startswith("another part: its gradient is no matmul")
 
 
+@pytest.mark.parametrize(("words", "is_head"), [(96, True), (48, False)])
+def test_a_head_behind_a_graph_break_is_one(words, is_head):
+    """As where a message of the model's breaks the graph; also in `explain`'s analysis."""
+
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(words, 64)
+            self.fc = nn.Linear(64, 64, bias=False)
+            self.head = nn.Linear(64, words, bias=False)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.table(ids).tanh()
+            torch._dynamo.graph_break()
+            return self.head(self.fc(x).tanh())
+
+    ids, loss = torch.randint(0, words, (4, 32)), lambda y: y.pow(2).mean()
+    for sketch_heads in (False, True):
+        compact = backend(sketch_heads=sketch_heads)
+        torch._dynamo.reset()
+        loss(torch.compile(Broken(), backend=compact)(ids)).backward()
+        found = explain(Broken(), ids, loss=loss, sketch_heads=sketch_heads)
+        for plans in (compact.plans, found.report.plans):
+            reasons = {site.weight: site.reason for plan in plans for site in plan.sites}
+            assert reasons["fc.weight"] == ""
+            is_left = is_head and not sketch_heads
+            assert reasons["head.weight"] == (
+                f"a head over {words} words: sketch_heads=False" if is_left else ""
+            )
+
+
+def test_the_most_frequent_reason_comes_first():
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(3)))
+    patterns = {"1.weight": 65, "*": 66}
+    with pytest.warns(UserWarning, match="graph: rank 66 > in_features 64; rank 65 > in_features"):
+        torch.compile(model, backend=backend(rank=patterns))(batch())
+
+
 def test_tracked_projections_want_sketched_gradients():
     with pytest.warns(UserWarning, match="gradients='sketched' with CompactAdamW"):
         compact_backend(gradients="dense", projection="tracked")

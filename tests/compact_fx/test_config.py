@@ -260,3 +260,18 @@ def test_one_column_is_said_to_be_one(rank):
     ) as found:
         CompactConfig(rank=rank)
     assert [warning.filename for warning in found] == [__file__]
+
+
+def test_one_byte_is_said_to_be_one():
+    with pytest.warns(UserWarning, match=r"memory_budget=1 is one byte; .*=1\.0 is all") as found:
+        CompactConfig(memory_budget=1)
+    assert [warning.filename for warning in found] == [__file__]
+
+
+@pytest.mark.parametrize("setting", [{"saved": "int8"}, {"saved": "fp8"}, {"recompute": False}])
+def test_a_budget_chooses_alone(setting):
+    """What it would not keep to is no setting beside it."""
+    ((name, value),) = setting.items()
+    with pytest.raises(ValueError, match=f"memory_budget=0.5 and {name}={value!r} cannot both be"):
+        CompactConfig(memory_budget=0.5, **setting)
+    CompactConfig(memory_budget=0.5, saved="keep", recompute=True)
