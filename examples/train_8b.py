@@ -16,7 +16,7 @@ Python's standard library byte by byte: this shows memory and time, not what suc
   to the nearest bf16: what is less than 1/512 to 1/256 of a weight is lost. Of weights as large as
   0.02 that is most of what AdamW changes at rates below 4e-5; there use weights in float32.
 
-- The head is a graph apart from its embedding, and is sketched like the layers.
+- The head is sketched like the layers: its gradient and moments would take as much as those of two.
 
 `--count` prints what has to be there, from shapes alone.
 """
@@ -121,7 +121,7 @@ def train(args: argparse.Namespace, config: LlamaConfig, device: torch.device) -
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory * 1e9 / whole))
     model = make_model(config, device, checkpoints=not args.no_checkpoints)
     model.model.embed_tokens.requires_grad_(not args.freeze_embedding)
-    backend = compact_backend(rank=args.rank, strict=True)
+    backend = compact_backend(rank=args.rank, sketch_heads=True, strict=True)
     part = compile_parts(model, backend)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     state_dtype, _ = STATES[args.state_dtype]
