@@ -308,7 +308,7 @@ def _does_not_cancel(difference: fx.Node, node: fx.Node) -> bool:
 
 
 def _is_of_bounded(node: object) -> bool:
-    """Whether a value is a power of a sigmoid, tanh or erf that the backward makes itself."""
+    """Whether a value is made of a sigmoid, tanh or erf that the backward makes itself."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return False
     name, arguments = operator_base(node), node.args
@@ -316,7 +316,10 @@ def _is_of_bounded(node: object) -> bool:
         return isinstance(arguments[-1], fx.Node) and _is_of_sigmoid(arguments[-1])
     if name == "pow" or is_relabelling(node):
         return _is_of_bounded(arguments[0])
-    return name in _BOUNDED or (name == "mul" and all(map(_is_of_bounded, arguments[:2])))
+    if name == "mul":
+        factors = [side for side in arguments[:2] if isinstance(side, fx.Node)]
+        return all(map(_is_of_bounded, factors))
+    return name in _BOUNDED
 
 
 def _is_data_of(node: fx.Node, user: fx.Node) -> bool:
