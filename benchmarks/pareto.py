@@ -25,7 +25,7 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")  # 
 
 import torch
 from pareto_competitors import SHAPES, Case, Competitor, batch_of, competitors
-from pareto_results import Row, plot, read, table, write
+from pareto_results import Row, plot, read, table, together, write
 from provenance import provenance
 from torch import nn
 from torch._inductor.utils import fresh_cache
@@ -135,14 +135,15 @@ def main() -> None:
     add("--inner", choices=("inductor", "aot_eager"), default="inductor")
     add("--out", type=Path, help="default: out/pareto_SHAPE.json")
     add("--table", type=Path, metavar="RESULTS", help="print these and measure nothing")
-    add("--plot", type=Path, metavar="RESULTS", help="draw these and measure nothing")
+    several = "draw these runs of one shape in one picture and measure nothing"
+    add("--plot", type=Path, nargs="+", metavar="RESULTS", help=several)
     add("--images", type=Path, default=Path("docs/images"), help="folder for figures")
     args = parser.parse_args()
     args.out = args.out or Path(f"out/pareto_{args.shape}.json")
     if args.table:
         print(table(read(args.table)))
     if args.plot:
-        print(*plot(read(args.plot), args.images))
+        print(*plot(together([read(path) for path in args.plot]), args.images))
     if args.table or args.plot:
         return
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -92,6 +92,15 @@ def plot(results: dict[str, Any], folder: Path) -> list[Path]:
     return paths
 
 
+def together(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Runs of one shape, each row relative to the BASE of its own run; the first of each name."""
+    first = runs[0]
+    if any((run["name"], run["shape"]) != (first["name"], first["shape"]) for run in runs):
+        raise SystemExit("these are results of different shapes")
+    rows = {(row["device"], row["name"]): row for run in runs[::-1] for row in run["rows"]}
+    return {**first, "rows": [*rows.values()]}
+
+
 def title_of(results: dict[str, Any], device: str) -> str:
     """What was trained, on what."""
     shape = results["shape"]

@@ -118,6 +118,14 @@ def test_ratios_are_of_one_device(benchmarks: None, tmp_path: Path) -> None:
     rows = results.read(tmp_path / "results.json")["rows"]
     assert [row.get("ms_ratio") for row in rows] == [1, 1.5, 1, 1.25, None]
     assert [row.get("peak_ratio") for row in rows] == [1, 1.25, 1, 1, None]
+    other = {"name": "1b", "shape": {}, "rows": [{**rows[1], "ms_ratio": 2.0}, {**rows[1]}]}
+    other["rows"][1]["name"] = "compact"
+    both = results.together([{"name": "1b", "shape": {}, "rows": rows}, other])["rows"]
+    found = {(row["device"], row["name"]): row.get("ms_ratio") for row in both}
+    assert len(both) == len(found) == 6
+    assert found["A", "eager"] == found["A", "compact"] == 1.5
+    with pytest.raises(SystemExit, match="different shapes"):
+        results.together([other, {**other, "name": "8b"}])
     assert results.frontier([(3, 1), (1, 3), (2, 2), (2, 4), (3, 2)]) == [(1, 3), (2, 2), (3, 1)]
 
 
