@@ -288,7 +288,8 @@ def _reads_smoothly(
     elif name in ("div", "reciprocal"):
         stands = (first is node and name == "div") or _is_of_sigmoid(node)
     else:
-        stands = name in _SMOOTH and not (name == "where" and first is node)
+        is_condition = name == "where" and first is node
+        stands = name in _SMOOTH and not (is_condition or user.kwargs)  # alpha=-1 is a difference
     return stands and (user in gradients or _stands_rounding(user, gradients, True))
 
 

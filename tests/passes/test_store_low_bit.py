@@ -229,6 +229,9 @@ LEFT_ALONE = {
     "1 - tanh²": lambda m, x: m.a(x).tanh(),
     "s (1 - s)": lambda m, x: m.a(x).sigmoid(),
     "a difference": lambda m, x: (lambda y: (y - x).square() + y.sin())(m.a(x)),
+    "a sum that is one": lambda m, x: (lambda y: torch.add(y, x, alpha=-1).square() + y.sin())(
+        m.a(x)
+    ),
     "an integer": lambda m, x: (lambda y: m.s * y + y.long() * x)(m.a(x)),
 }
 
