@@ -36,8 +36,8 @@ _DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _LARGEST = {torch.int8: 127.0**2, torch.float8_e4m3fn: 448.0}
 
 # Operators whose result is a little off where their input is.
-_SMOOTH = {"mul", "add", "neg", "sigmoid", "tanh", "erf", "where"}
 _BOUNDED = {"sigmoid", "tanh", "erf"}
+_SMOOTH = {"mul", "add", "neg", "where"} | _BOUNDED
 _CONSTANT = {"full", "full_like", "scalar_tensor", "ones_like"}
 _MOVING = {"slice", "select", "cat", "split", "split_with_sizes", "_unsafe_index"}
 _SUMMING = {"sum", "mean"} | PRODUCT_NAMES - {"convolution_backward"}

@@ -62,15 +62,32 @@ def layers(*biases: float) -> list[nn.Linear]:
     return made
 
 
-def near_target(a, b):
-    """Of a prediction that something else reads as well: in the loss its rounding would stay."""
+def sample() -> torch.Tensor:
+    return torch.randn(128, 128, generator=torch.Generator().manual_seed(1))
 
-    def function(x):
-        y = b(torch.tanh(a(x)))
-        target = (y + 0.01 * torch.cos(100 * y)).detach()
+
+def near_target(prepare=lambda x: x):
+    """Of a prediction that something else reads as well: in the loss its rounding would stay."""
+    a, b = layers(0, 0)
+    predict = lambda h: b(torch.tanh(a(h)))  # noqa: E731
+    target = predict(prepare(sample())).detach()
+    target = target + 0.01 * torch.randn(128, 128, generator=torch.Generator().manual_seed(2))
+
+    def function(h):
+        y = predict(h)
         return F.mse_loss(y, target) + 1e-5 * y.square().mean()
 
     return function
+
+
+def near_target_in_a_checkpoint():
+    (z,) = layers(0)
+    return in_a_checkpoint(z, near_target(lambda x: z(x) + x))
+
+
+def sine_behind_a_matmul():
+    z, a = layers(0, 0)
+    return in_a_checkpoint(z, lambda h: torch.sin(100 * a(h)).square().mean())
 
 
 def in_a_checkpoint(z, inner):
@@ -105,14 +122,12 @@ def routed():
 
 
 AMPLIFIED = {  # what would make much more of a rounding
-    "a loss near its target": lambda: near_target(*layers(0, 0)),
-    "the same in a checkpoint": lambda: in_a_checkpoint(layers(0)[0], near_target(*layers(0, 0))),
+    "a loss near its target": near_target,
+    "the same in a checkpoint": near_target_in_a_checkpoint,
     "a saturated tanh": lambda: saturated(torch.tanh),
     "a saturated sigmoid": lambda: saturated(torch.sigmoid),
     "a cast to integers": truncated,
-    "a sine behind a matmul": lambda: in_a_checkpoint(
-        layers(0)[0], lambda h: torch.sin(100 * layers(0)[0](h)).square().mean()
-    ),
+    "a sine behind a matmul": sine_behind_a_matmul,
     "a choice of experts": routed,
 }
 
@@ -122,7 +137,7 @@ AMPLIFIED = {  # what would make much more of a rounding
 def test_what_makes_more_of_a_rounding_is_kept(case, kind):
     def gradient(**settings):
         torch._dynamo.reset()
-        x = torch.randn(128, 128, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        x = sample().requires_grad_()
         function = AMPLIFIED[case]()
         if settings:
             backend = compact_backend(**EXACT, **settings, inner="aot_eager")

@@ -226,10 +226,10 @@ LEFT_ALONE = {
     "a statistic": lambda m, x: (m.a(x).pow(2).sum(0) ** 2 * m.s) ** 3,
     "softmax of scores": lambda m, x: (m.a(x) @ x.T).mul(m.s.sum()).softmax(-1),
     "an output": lambda m, x: (lambda y: (y, y**2))(m.a(x)),
-    "1 - tanh²": lambda m, x: m.a(x).tanh(),
-    "s (1 - s)": lambda m, x: m.a(x).sigmoid(),
-    "a difference": lambda m, x: (lambda y: (y - x).square() + y.sin())(m.a(x)),
-    "a sum that is one": lambda m, x: (lambda y: torch.add(y, x, alpha=-1).square() + y.sin())(
+    "1 - tanh²": lambda m, x: m.a(m.a(x).tanh()),
+    "s (1 - s)": lambda m, x: m.a(m.a(x).sigmoid()),
+    "a difference": lambda m, x: (lambda y: (y - x).square() + m.s * y)(m.a(x)),
+    "a sum that is one": lambda m, x: (lambda y: torch.add(y, x, alpha=-1).square() + m.s * y)(
         m.a(x)
     ),
     "an integer": lambda m, x: (lambda y: m.s * y + y.long() * x)(m.a(x)),
