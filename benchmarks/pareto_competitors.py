@@ -131,13 +131,22 @@ def competitors(name: str) -> dict[str, Competitor]:
         label = f"compact {at}, int8, loss in chunks, CUDA graphs"
         chunked[label] = partial(ours, chunks=True, **low_bit, **graphs)
     captured: dict[str, Competitor] = {}
-    if name in ("roberta", "350m"):  # whose kernels are shorter than it takes to launch them
+    if name in ("roberta", "350m", "8b"):
         captured["torch.compile, CUDA graphs"] = partial(compiled, **graphs)
+    if name in ("roberta", "350m"):  # whose kernels are shorter than it takes to launch them
         captured[f"compact {at}, CUDA graphs"] = partial(ours, **graphs)
         captured[f"compact {at}, int8, CUDA graphs"] = partial(ours, **low_bit, **graphs)
     if name == "roberta":  # half of torch.compile's peak, in no more time than that takes
         label = f"compact {at}, memory budget 0.45, CUDA graphs"
         captured[label] = partial(ours, memory_budget=0.45, **graphs)
+    if name == "8b":  # float8 casts weights and activations with many short kernels
+        label = "torchao float8 tensorwise, CUDA graphs"
+        captured[label] = partial(compiled, float8="tensorwise", **graphs)
+        for share in (0.7, 0.6):
+            label = f"compact n/8, float8 tensorwise, memory budget {share}, CUDA graphs"
+            captured[label] = partial(
+                compact, rank=1 / 8, float8=TENSORWISE, memory_budget=share, **graphs
+            )
     return {
         "torch.compile": compiled,
         f"compact {at}": ours,
