@@ -177,6 +177,35 @@ def test_layers_that_are_not_alike():
         fit(uneven, inputs, layers=4, gpu=LARGE, ranks=(0.25,), checkpointing=(False,))
 
 
+def test_a_few_bytes_of_a_later_layer():
+    """Gemma 3's sixth layer is the first with a rotary table of its own."""
+
+    def with_table(layers: int, checkpointing: bool) -> nn.Module:
+        model = build(layers, checkpointing)
+        if layers > 3:
+            model.register_buffer("table", torch.zeros(16, device="meta"))
+        return model
+
+    settings = {"layers": 4, "gpu": LARGE, "ranks": (0.25,), "checkpointing": (False,), "batch": 1}
+    found, expected = fit(with_table, inputs, **settings), fit(build, inputs, **settings)
+    assert found.candidates == expected.candidates
+
+
+def test_a_model_without_a_loss():
+    """Says what it was given."""
+
+    class Silent(Blocks):
+        def forward(self, x):
+            return (super().forward(x).loss,)
+
+    def silent(layers: int, checkpointing: bool) -> nn.Module:
+        with torch.device("meta"):
+            return Silent(layers, checkpointing)
+
+    with pytest.raises(ValueError, match=r"no loss for x\b"):
+        fit(silent, inputs, layers=2, gpu=LARGE, ranks=(0.25,), checkpointing=(False,))
+
+
 def test_bytes_of_moments_in_8_bits():
     """As they are stored."""
     for elements in (100, low_bit.SMALLEST, low_bit.SMALLEST + 1):
