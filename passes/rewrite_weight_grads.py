@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from compact_fx import _torch
 from compact_fx.errors import CannotCompact, failures_of
 from compact_fx.passes.find_weight_grads import Use, find_weight_grads
 from compact_fx.passes.joint_graph import JointGraph
@@ -17,6 +18,8 @@ from compact_fx.passes.nodes import (
     finish,
     inline,
     insert,
+    is_tensor,
+    is_view,
     mark_recomputed,
     transposed,
     update_value,
@@ -181,9 +184,11 @@ def _every(graph: fx.Graph, rows: fx.Node, step: int, *, keep: bool = False) -> 
 def _replace(graph: fx.Graph, use: Use, sketch: _Sketch, expand: bool, step: int) -> None:
     old, position = use.matmul, use.projected_position
     operands = list(old.args)
+    needed = [node for node in old.all_input_nodes if node is not operands[position]]
+    needed += [sketch.node] if sketch.seen is None else [sketch.node, sketch.seen]
     other = operands[1 - position]
     full = f"{old.name}_from_factor"
-    with graph.inserting_before(old):
+    with graph.inserting_before(_first_place(needed)):
         z = sketch.node
         operands[position] = z if position == 1 else transposed(graph, z, like=old)
         name = f"{old.name}_factor"
@@ -202,6 +207,29 @@ def _replace(graph: fx.Graph, use: Use, sketch: _Sketch, expand: bool, step: int
     graph.erase_node(old)
 
 
+def _first_place(operands: Iterable[fx.Node]) -> fx.Node:
+    """The node before which all operands are there; their views move to what they are of.
+
+    ::
+
+        dy = dh * silu(g); q = float8(dy); dx = scaled_mm(q, W); factor = mm(dyᵀ, z)
+        dy = dh * silu(g); factor = mm(dyᵀ, z); q = float8(dy); dx = scaled_mm(q, W)
+
+    Inductor gives dy memory for the factor. What comes later reads that; what comes before would
+    compute dy again, and keep alive what it is made of.
+    """
+    return max(map(_moved_up, operands)).next
+
+
+def _moved_up(node: fx.Node) -> fx.Node:
+    """A node, behind the one that it is a view of."""
+    if is_view(node):
+        source = _moved_up(node.args[0])  # type: ignore[arg-type]
+        if source.op != "placeholder":
+            source.append(node)
+    return node
+
+
 def _let_go_of_activation(graph: fx.Graph, factor: fx.Node, dy: fx.Node, position: int) -> None:
     """Make the gradient of x only when the factor is there, so that both need no memory at once.
 
@@ -210,31 +238,52 @@ def _let_go_of_activation(graph: fx.Graph, factor: fx.Node, dy: fx.Node, positio
         dx = aten.mm(dy, W)                           # x is made by the kernel that reads dx
         dx = aten.addmm(factor[0], dy, W, beta=0)     # the same; x was made, read and let go before
 
-    What is not finite in factor[0] is 0: Inductor may multiply it by beta, and 0 · NaN is NaN.
+    and for float8 `scale + 0 · factor[0, 0]` is the scale of dy. What is not finite in the factor
+    is 0 there: Inductor may multiply it by beta, and 0 · NaN is NaN.
     """
-    if factor.meta["val"].dim() != 2:
+    value = factor.meta["val"]
+    if value.dim() != 2:
         return
-    for product in list(dy.users):
-        if product.target is not aten.mm.default or product.args[0] is not dy:
+    plain = (n for n in dy.users if n.target is aten.mm.default and n.args[0] is dy)
+    scaled = graph.find_nodes(op="call_function", target=aten._scaled_mm.default)
+    for product in [*plain, *(n for n in scaled if _is_cast_of(n.args[0], dy))]:
+        made = product.meta["val"]
+        is_of_x = (made.shape[-1], made.dtype) == (value.shape[position], value.dtype)
+        if not is_of_x or product < factor:
             continue
-        value = product.meta["val"]
-        if (
-            any(user <= factor for user in product.users)
-            or value.shape[-1] != factor.meta["val"].shape[position]
-            or value.dtype != factor.meta["val"].dtype
-        ):
-            continue
-        with graph.inserting_before(max(product, factor).next):
-            (after,) = inline(
-                graph,
-                lambda f, *operands: torch.addmm(
-                    finite_of(f.select(1 - position, 0)), *operands, beta=0
-                ),
-                factor,
-                *product.args,  # type: ignore[arg-type]
-            )
-        product.replace_all_uses_with(after)
-        graph.erase_node(product)
+        with graph.inserting_before(product):
+            if product.target is aten.mm.default:
+                (after,) = inline(
+                    graph,
+                    lambda f, *operands: torch.addmm(
+                        finite_of(f.select(1 - position, 0)), *operands, beta=0
+                    ),
+                    factor,
+                    *product.args,  # type: ignore[arg-type]
+                )
+                product.replace_all_uses_with(after)
+                graph.erase_node(product)
+            else:
+                (scale,) = inline(
+                    graph,
+                    lambda f, scale: scale + 0.0 * finite_of(f[0, 0]),
+                    factor,
+                    product.args[2],  # type: ignore[arg-type]
+                )
+                product.update_arg(2, scale)
+
+
+def _is_cast_of(node: object, dy: fx.Node) -> bool:
+    """Whether a node is made of dy through operators with no other input of its size."""
+    while isinstance(node, fx.Node) and node is not dy:
+        size = _elements(node)
+        alike = [n for n in node.all_input_nodes if is_tensor(n) and _elements(n) == size]
+        node = alike[0] if len(alike) == 1 else None
+    return node is dy
+
+
+def _elements(node: fx.Node) -> int:
+    return _torch.size_hint(node.meta["val"].numel())
 
 
 def _turn(

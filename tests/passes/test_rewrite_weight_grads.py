@@ -21,6 +21,7 @@ from compact_fx.passes.rewrite_weight_grads import rewrite_weight_grads
 from compact_fx.projections import RANDOM_PROJECTION, fold_in, random_projection, source
 
 mm = torch.ops.aten.mm.default
+E5M2 = torch.float8_e5m2
 
 
 DEFAULTS = {"gradients": "dense", "projection": "countsketch"}
@@ -448,6 +449,76 @@ def test_the_first_activation_of_a_backward_is_let_go_before_its_gradient_is_mad
     values = values_of(changed)
     for a, b in zip(evaluate(changed.module, values), evaluate(plain.module, values), strict=True):
         assert (a is None and b is None) or torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+class Scaled(torch.autograd.Function):
+    """A linear layer whose dx is a product in float8, as torchao's: it comes before dW."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        scale, one = 57344.0 / dy.abs().amax().float(), torch.ones((), device=dy.device)
+        q = (dy.float() * scale).clamp(-57344.0, 57344.0).to(E5M2)
+        w = weight.to(torch.float8_e4m3fn).t().contiguous().t()
+        dx = torch._scaled_mm(q, w, scale.reciprocal(), one, out_dtype=dy.dtype)
+        return dx, dy.t() @ x
+
+
+def scaled_mlps(calls):
+    return calls(
+        lambda m, x: Scaled.apply(F.silu(Scaled.apply(x, m.up.weight)), m.down.weight),
+        up=nn.Linear(64, 96, bias=False),
+        down=nn.Linear(96, 64, bias=False),
+    ).bfloat16()
+
+
+def test_a_factor_comes_before_what_else_reads_its_gradient(joint_of, calls, values_of, evaluate):
+    """So that Inductor has memory for dy, and casts do not compute it once more."""
+    x = batch(128, 64).bfloat16().requires_grad_()
+    settings = {"gradients": "sketched", "projection": "tracked", "rank": 16, "place": "late"}
+    joint, plan, changed, _ = rewritten(joint_of(scaled_mlps(calls), x), **settings)
+    sides = {site.weight: site.side for site in plan.sketched}
+    assert sides == {"up.weight": "input", "down.weight": "output"}
+
+    def casts(graph):
+        return [n for n in graph.nodes if getattr(n.meta.get("val"), "dtype", 0) is E5M2]
+
+    down, up = casts(joint.module.graph)
+    uses = {grad.name: grad.uses[0].matmul for grad in find_weight_grads(joint)}
+    assert uses["down.weight"] > down
+    assert uses["up.weight"] > up
+    nodes = {node.name: node for node in changed.module.graph.nodes}
+    down, up = casts(changed.module.graph)
+    assert nodes[f"{uses['down.weight'].name}_factor"] < down
+    assert down < nodes[f"{uses['up.weight'].name}_factor"] < up
+
+
+def test_a_product_in_float8_waits_for_the_factor_as_others_do(
+    joint_of, calls, values_of, evaluate
+):
+    """Of the first layer's scale, to which 0 times the factor is added."""
+    x = batch(128, 64).bfloat16().requires_grad_()
+    settings = {"gradients": "sketched", "projection": "tracked", "rank": 16, "place": "late"}
+    joint, _, changed, _ = rewritten(joint_of(scaled_mlps(calls), x), **settings)
+    plain = rewritten(joint, **settings, recompute=False)[2]
+
+    def waiting(graph):
+        products = graph.find_nodes(op="call_function", target=torch.ops.aten._scaled_mm.default)
+        return [n for n in products if n.args[2].target is torch.ops.aten.add.Tensor]
+
+    (product,) = waiting(changed.module.graph)
+    assert product.args[0].meta["val"].shape == (128, 64)
+    finite, zero = product.args[2].args[1].args  # 0 · NaN is NaN
+    assert (finite.target, zero) == (torch.ops.aten.where.self, 0.0)
+    assert not waiting(plain.module.graph)
+    values = values_of(changed)
+    for a, b in zip(evaluate(changed.module, values), evaluate(plain.module, values), strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
 
 
 def test_a_gradient_that_leaves_the_graph_as_it_came_is_no_obstacle(
