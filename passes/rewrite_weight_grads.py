@@ -218,7 +218,7 @@ def _first_place(operands: Iterable[fx.Node]) -> fx.Node:
     Inductor gives dy memory for the factor. What comes later reads that; what comes before would
     compute dy again, and keep alive what it is made of.
     """
-    return max(map(_moved_up, operands)).next
+    return max([_moved_up(operand) for operand in operands]).next
 
 
 def _moved_up(node: fx.Node) -> fx.Node:
@@ -246,10 +246,11 @@ def _let_go_of_activation(graph: fx.Graph, factor: fx.Node, dy: fx.Node, positio
         return
     plain = (n for n in dy.users if n.target is aten.mm.default and n.args[0] is dy)
     scaled = graph.find_nodes(op="call_function", target=aten._scaled_mm.default)
-    for product in [*plain, *(n for n in scaled if _is_cast_of(n.args[0], dy))]:
+    for product in [*plain, *(n for n in scaled if _is_scaled(n, dy))]:
         made = product.meta["val"]
-        is_of_x = (made.shape[-1], made.dtype) == (value.shape[position], value.dtype)
-        if not is_of_x or product < factor:
+        columns = made.shape[-1]  # a comparison of symbolic ones would be a guard
+        is_of_x = isinstance(columns, int) and columns == value.shape[position]
+        if not is_of_x or made.dtype != value.dtype or product < factor:
             continue
         with graph.inserting_before(product):
             if product.target is aten.mm.default:
@@ -273,8 +274,15 @@ def _let_go_of_activation(graph: fx.Graph, factor: fx.Node, dy: fx.Node, positio
                 product.update_arg(2, scale)
 
 
-def _is_cast_of(node: object, dy: fx.Node) -> bool:
-    """Whether a node is made of dy through operators with no other input of its size."""
+def _is_scaled(product: fx.Node, dy: fx.Node) -> bool:
+    """Whether a product reads what operators on dy alone make of it, scaled as a whole or by rows.
+
+    Other scales are laid out or rounded in ways that a sum may not keep.
+    """
+    node, _, scale, *_ = product.args
+    of = scale.meta["val"]  # type: ignore[union-attr]
+    if of.dtype is not torch.float32 or not (of.dim() == 0 or of.shape[-1] == 1):
+        return False
     while isinstance(node, fx.Node) and node is not dy:
         size = _elements(node)
         alike = [n for n in node.all_input_nodes if is_tensor(n) and _elements(n) == size]

@@ -452,34 +452,50 @@ def test_the_first_activation_of_a_backward_is_let_go_before_its_gradient_is_mad
 
 
 class Scaled(torch.autograd.Function):
-    """A linear layer whose dx is a product in float8, as torchao's: it comes before dW."""
+    """A linear layer whose dx is a product in float8, as torchao's: it comes before dW.
+
+    scales: one for a tensor, one for each row, or for each 32 elements a power of 2 ("mx").
+    """
 
     @staticmethod
-    def forward(ctx, x, weight):
+    def forward(ctx, x, weight, scales):
         ctx.save_for_backward(x, weight)
+        ctx.scales = scales
         return x @ weight.t()
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        scale, one = 57344.0 / dy.abs().amax().float(), torch.ones((), device=dy.device)
+        by_row, one = ctx.scales == "row", torch.ones((), device=dy.device)
+        largest = dy.abs().amax(1, keepdim=True) if by_row else dy.abs().amax()
+        scale = 57344.0 / largest.float()
         q = (dy.float() * scale).clamp(-57344.0, 57344.0).to(E5M2)
         w = weight.to(torch.float8_e4m3fn).t().contiguous().t()
-        dx = torch._scaled_mm(q, w, scale.reciprocal(), one, out_dtype=dy.dtype)
-        return dx, dy.t() @ x
+        scale = scale.reciprocal()
+        other = one.expand(1, w.shape[1]).contiguous() if by_row else one
+        if ctx.scales == "mx":
+            scale, other = (
+                one.expand(t.numel() // 32).to(torch.float8_e8m0fnu).contiguous() for t in (q, w)
+            )
+        dx = torch._scaled_mm(q, w, scale, other, out_dtype=dy.dtype)
+        return dx, dy.t() @ x, None
 
 
-def scaled_mlps(calls):
+def scaled_mlps(calls, scales="tensor"):
+    def mlp(m, x):
+        h = F.silu(Scaled.apply(x, m.up.weight, scales))
+        return Scaled.apply(h, m.down.weight, scales)
+
     return calls(
-        lambda m, x: Scaled.apply(F.silu(Scaled.apply(x, m.up.weight)), m.down.weight),
-        up=nn.Linear(64, 96, bias=False),
-        down=nn.Linear(96, 64, bias=False),
+        mlp,
+        up=nn.Linear(128, 256, bias=False),
+        down=nn.Linear(256, 128, bias=False),
     ).bfloat16()
 
 
 def test_a_factor_comes_before_what_else_reads_its_gradient(joint_of, calls, values_of, evaluate):
     """So that Inductor has memory for dy, and casts do not compute it once more."""
-    x = batch(128, 64).bfloat16().requires_grad_()
+    x = batch(128, 128).bfloat16().requires_grad_()
     settings = {"gradients": "sketched", "projection": "tracked", "rank": 16, "place": "late"}
     joint, plan, changed, _ = rewritten(joint_of(scaled_mlps(calls), x), **settings)
     sides = {site.weight: site.side for site in plan.sketched}
@@ -498,27 +514,55 @@ def test_a_factor_comes_before_what_else_reads_its_gradient(joint_of, calls, val
     assert down < nodes[f"{uses['up.weight'].name}_factor"] < up
 
 
+@pytest.mark.parametrize("scales", ["tensor", "row", "mx"])
 def test_a_product_in_float8_waits_for_the_factor_as_others_do(
-    joint_of, calls, values_of, evaluate
+    joint_of, calls, values_of, evaluate, scales
 ):
-    """Of the first layer's scale, to which 0 times the factor is added."""
-    x = batch(128, 64).bfloat16().requires_grad_()
+    """Of the first layer's scale, to which 0 times the factor is added, if it can be."""
+    x = batch(128, 128).bfloat16().requires_grad_()
     settings = {"gradients": "sketched", "projection": "tracked", "rank": 16, "place": "late"}
-    joint, _, changed, _ = rewritten(joint_of(scaled_mlps(calls), x), **settings)
+    joint, _, changed, _ = rewritten(joint_of(scaled_mlps(calls, scales), x), **settings)
     plain = rewritten(joint, **settings, recompute=False)[2]
 
     def waiting(graph):
         products = graph.find_nodes(op="call_function", target=torch.ops.aten._scaled_mm.default)
         return [n for n in products if n.args[2].target is torch.ops.aten.add.Tensor]
 
+    if scales == "mx":
+        assert not waiting(changed.module.graph)
+        return
     (product,) = waiting(changed.module.graph)
-    assert product.args[0].meta["val"].shape == (128, 64)
+    assert product.args[0].meta["val"].shape == (128, 128)
     finite, zero = product.args[2].args[1].args  # 0 · NaN is NaN
     assert (finite.target, zero) == (torch.ops.aten.where.self, 0.0)
     assert not waiting(plain.module.graph)
+    if scales == "row":  # not every torch has this kernel for a CPU
+        return
     values = values_of(changed)
     for a, b in zip(evaluate(changed.module, values), evaluate(plain.module, values), strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_sizes_that_change_are_not_compared(joint_of, calls):
+    """With in_features, of another product of dy: it would be a guard."""
+    module = calls(lambda m, x, a, b: a @ b + m.down(F.silu(x)), down=nn.Linear(96, 64))
+    a, b = batch(128, 96).requires_grad_(), batch(96, 64).requires_grad_()
+    torch._dynamo.mark_dynamic(a, 1)
+    torch._dynamo.mark_dynamic(b, 0)
+    settings = {"gradients": "sketched", "projection": "tracked", "rank": 16, "place": "late"}
+    joint = joint_of(module, batch(128, 96).requires_grad_(), a, b)
+    symbolic = [
+        size
+        for node in joint.module.graph.find_nodes(op="placeholder")
+        for size in getattr(node.meta["val"], "shape", ())
+        if isinstance(size, torch.SymInt)
+    ]
+    environment = symbolic[0].node.shape_env
+    before = len(environment.guards)
+    _, plan, changed, _ = rewritten(joint, **settings)
+    assert [site.side for site in plan.sketched] == ["output"]
+    assert any(node.kwargs.get("beta") == 0 for node in changed.module.graph.nodes)
+    assert len(environment.guards) == before
 
 
 def test_a_gradient_that_leaves_the_graph_as_it_came_is_no_obstacle(
