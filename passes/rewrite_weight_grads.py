@@ -281,7 +281,7 @@ def _is_scaled(product: fx.Node, dy: fx.Node) -> bool:
     """
     node, _, scale, *_ = product.args
     of = scale.meta["val"]  # type: ignore[union-attr]
-    if of.dtype is not torch.float32 or not (of.dim() == 0 or of.shape[-1] == 1):
+    if of.dtype is not torch.float32 or any(_torch.size_hint(n) != 1 for n in of.shape[-1:]):
         return False
     while isinstance(node, fx.Node) and node is not dy:
         size = _elements(node)
