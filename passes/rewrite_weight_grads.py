@@ -184,11 +184,14 @@ def _every(graph: fx.Graph, rows: fx.Node, step: int, *, keep: bool = False) -> 
 def _replace(graph: fx.Graph, use: Use, sketch: _Sketch, expand: bool, step: int) -> None:
     old, position = use.matmul, use.projected_position
     operands = list(old.args)
-    needed = [node for node in old.all_input_nodes if node is not operands[position]]
-    needed += [sketch.node] if sketch.seen is None else [sketch.node, sketch.seen]
     other = operands[1 - position]
     full = f"{old.name}_from_factor"
-    with graph.inserting_before(_first_place(needed)):
+    place, dy = old, operands[1 - use.position]
+    if _is_read(dy, old, by_others_than=sketch.seen):  # type: ignore[arg-type]
+        needed = [node for node in old.all_input_nodes if node is not operands[position]]
+        needed += [sketch.node] if sketch.seen is None else [sketch.node, sketch.seen]
+        place = max([_moved_up(node) for node in needed]).next
+    with graph.inserting_before(place):
         z = sketch.node
         operands[position] = z if position == 1 else transposed(graph, z, like=old)
         name = f"{old.name}_factor"
@@ -207,8 +210,8 @@ def _replace(graph: fx.Graph, use: Use, sketch: _Sketch, expand: bool, step: int
     graph.erase_node(old)
 
 
-def _first_place(operands: Iterable[fx.Node]) -> fx.Node:
-    """The node before which all operands are there; their views move to what they are of.
+def _is_read(dy: fx.Node, before: fx.Node, by_others_than: fx.Node | None) -> bool:
+    """Whether a kernel that is no matmul reads dy before a node; then the factor goes first.
 
     ::
 
@@ -218,7 +221,15 @@ def _first_place(operands: Iterable[fx.Node]) -> fx.Node:
     Inductor gives dy memory for the factor. What comes later reads that; what comes before would
     compute dy again, and keep alive what it is made of.
     """
-    return max([_moved_up(operand) for operand in operands]).next
+    while is_view(dy):
+        dy = dy.args[0]  # type: ignore[assignment]
+    pending, reading = [dy], False
+    while pending and not reading:
+        users = pending.pop().users
+        pending += filter(is_view, users)
+        others = (n for n in users if not is_view(n) and n is not by_others_than)
+        reading = any(n < before and n.target not in MATMULS for n in others)
+    return reading
 
 
 def _moved_up(node: fx.Node) -> fx.Node:
@@ -250,10 +261,10 @@ def _let_go_of_activation(graph: fx.Graph, factor: fx.Node, dy: fx.Node, positio
         made = product.meta["val"]
         columns = made.shape[-1]  # a comparison of symbolic ones would be a guard
         is_of_x = isinstance(columns, int) and columns == value.shape[position]
-        if not is_of_x or made.dtype != value.dtype or product < factor:
+        if not is_of_x or made.dtype != value.dtype or any(n <= factor for n in product.users):
             continue
-        with graph.inserting_before(product):
-            if product.target is aten.mm.default:
+        if product.target is aten.mm.default:
+            with graph.inserting_before(max(product, factor).next):
                 (after,) = inline(
                     graph,
                     lambda f, *operands: torch.addmm(
@@ -262,9 +273,10 @@ def _let_go_of_activation(graph: fx.Graph, factor: fx.Node, dy: fx.Node, positio
                     factor,
                     *product.args,  # type: ignore[arg-type]
                 )
-                product.replace_all_uses_with(after)
-                graph.erase_node(product)
-            else:
+            product.replace_all_uses_with(after)
+            graph.erase_node(product)
+        elif product > factor:
+            with graph.inserting_before(product):
                 (scale,) = inline(
                     graph,
                     lambda f, scale: scale + 0.0 * finite_of(f[0, 0]),

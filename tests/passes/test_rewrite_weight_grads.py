@@ -514,6 +514,18 @@ def test_a_factor_comes_before_what_else_reads_its_gradient(joint_of, calls, val
     assert down < nodes[f"{uses['up.weight'].name}_factor"] < up
 
 
+def test_a_factor_stays_where_only_matmuls_read_its_gradient(traced):
+    """The operators that are left keep their order."""
+    joint, _, changed, _ = rewritten(traced("qkv", 2, 16, 64), rank=16)
+    left = {node.name for node in joint.module.graph.nodes}
+    left &= {node.name for node in changed.module.graph.nodes}
+    before, after = (
+        [node.name for node in graph.module.graph.nodes if node.name in left]
+        for graph in (joint, changed)
+    )
+    assert before == after
+
+
 @pytest.mark.parametrize("scales", ["tensor", "row", "mx"])
 def test_a_product_in_float8_waits_for_the_factor_as_others_do(
     joint_of, calls, values_of, evaluate, scales
