@@ -514,9 +514,15 @@ def test_a_factor_comes_before_what_else_reads_its_gradient(joint_of, calls, val
     assert down < nodes[f"{uses['up.weight'].name}_factor"] < up
 
 
-def test_a_factor_stays_where_only_matmuls_read_its_gradient(traced):
+def test_a_factor_stays_where_only_matmuls_read_its_gradient(joint_of, calls):
     """The operators that are left keep their order."""
-    joint, _, changed, _ = rewritten(traced("qkv", 2, 16, 64), rank=16)
+    module = calls(
+        lambda m, x: m.down(F.silu(m.gate(x)) * m.up(x)),
+        gate=nn.Linear(64, 96, bias=False),
+        up=nn.Linear(64, 96, bias=False),
+        down=nn.Linear(96, 64, bias=False),
+    )
+    joint, _, changed, _ = rewritten(joint_of(module, batch().requires_grad_()), rank=16)
     left = {node.name for node in joint.module.graph.nodes}
     left &= {node.name for node in changed.module.graph.nodes}
     before, after = (
