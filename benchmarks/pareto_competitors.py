@@ -167,6 +167,7 @@ def competitors(name: str) -> dict[str, Competitor]:
                 "": {},
                 ", int8, 8-bit moments": smallest,
                 ", float8 tensorwise": {"float8": TENSORWISE},
+                ", float8 rowwise_with_gw_hp": {"float8": "rowwise_with_gw_hp"},
                 **{
                     f", float8 tensorwise, memory budget {share}": {
                         "float8": TENSORWISE,
