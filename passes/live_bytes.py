@@ -11,7 +11,14 @@ from torch.utils.flop_counter import flop_registry
 
 from compact_fx import _torch
 from compact_fx.passes.joint_graph import JointGraph
-from compact_fx.passes.nodes import bytes_of, is_tangent, is_tensor, operator_base, storage_of
+from compact_fx.passes.nodes import (
+    bytes_of,
+    elements_of,
+    is_tangent,
+    is_tensor,
+    operator_base,
+    storage_of,
+)
 from compact_fx.passes.partition import Partition
 
 aten = torch.ops.aten
@@ -350,13 +357,13 @@ def _is_fused(node: fx.Node) -> bool:
 def _elements(node: fx.Node) -> int:
     """How many a fused kernel runs over; 0 where it is none. Sums over rows are fused as well."""
     if node.op == "call_function" and _is_fused(node):
-        return _count(node)
+        return elements_of(node)
     if operator_base(node) in _REDUCTIONS and len(node.args) > 1:
         (of, dims, *_) = node.args
         if isinstance(of, fx.Node) and is_tensor(of) and isinstance(dims, list | tuple):
             rank = of.meta["val"].dim()
             if [dim % rank for dim in dims] == list(range(rank - len(dims), rank)):
-                return _count(of) if _count(node) > 1 else 0
+                return elements_of(of) if elements_of(node) > 1 else 0
     return 0
 
 
@@ -365,7 +372,7 @@ def _workspace(node: fx.Node) -> int:
     name = _torch.operator_name(node)
     if "attention" in name and "backward" in name:
         call = node if node.target is not operator.getitem else node.args[0]
-        return 4 * _count(call.args[1])  # type: ignore[union-attr,arg-type]
+        return 4 * elements_of(call.args[1])  # type: ignore[union-attr,arg-type]
     return 0
 
 
@@ -389,10 +396,6 @@ _ON_GPUS = {
         aten._scaled_dot_product_flash_attention_backward
     ),
 }
-
-
-def _count(node: fx.Node) -> int:
-    return _torch.size_hint(node.meta["val"].numel())
 
 
 def _reads_on_the_fly(node: fx.Node) -> bool:

@@ -201,6 +201,11 @@ def bytes_of(node: fx.Node) -> int:
         return _torch.size_hint(value.numel()) * int(value.element_size())
 
 
+def elements_of(node: fx.Node) -> int:
+    """How many values a node's tensor has; symbolic sizes count with their hint."""
+    return _torch.size_hint(node.meta["val"].numel())
+
+
 def update_value(node: fx.Node) -> None:
     """A new fake value, from those of its arguments."""
     arguments, keywords = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from compact_fx import _torch
 from compact_fx.errors import CannotCompact, failures_of
@@ -15,6 +15,7 @@ from compact_fx.passes.nodes import (
     MATMULS,
     SKETCH,
     WEIGHT,
+    elements_of,
     finish,
     inline,
     insert,
@@ -223,13 +224,14 @@ def _is_read(dy: fx.Node, before: fx.Node, by_others_than: fx.Node | None) -> bo
     """
     while is_view(dy):
         dy = dy.args[0]  # type: ignore[assignment]
-    pending, reading = [dy], False
-    while pending and not reading:
-        users = pending.pop().users
-        pending += filter(is_view, users)
-        others = (n for n in users if not is_view(n) and n is not by_others_than)
-        reading = any(n < before and n.target not in MATMULS for n in others)
-    return reading
+    pending = [dy]
+    while pending:
+        for user in pending.pop().users:
+            if is_view(user):
+                pending.append(user)
+            elif user < before and user.target not in MATMULS and user is not by_others_than:
+                return True
+    return False
 
 
 def _moved_up(node: fx.Node) -> fx.Node:
@@ -255,6 +257,13 @@ def _let_go_of_activation(graph: fx.Graph, factor: fx.Node, dy: fx.Node, positio
     value = factor.meta["val"]
     if value.dim() != 2:
         return
+
+    def product_after(f: Tensor, *operands: Tensor) -> Tensor:
+        return torch.addmm(finite_of(f.select(1 - position, 0)), *operands, beta=0)
+
+    def scale_after(f: Tensor, scale: Tensor) -> Tensor:
+        return scale + 0.0 * finite_of(f[0, 0])
+
     plain = (n for n in dy.users if n.target is aten.mm.default and n.args[0] is dy)
     scaled = graph.find_nodes(op="call_function", target=aten._scaled_mm.default)
     for product in [*plain, *(n for n in scaled if _is_scaled(n, dy))]:
@@ -265,25 +274,13 @@ def _let_go_of_activation(graph: fx.Graph, factor: fx.Node, dy: fx.Node, positio
             continue
         if product.target is aten.mm.default:
             with graph.inserting_before(max(product, factor).next):
-                (after,) = inline(
-                    graph,
-                    lambda f, *operands: torch.addmm(
-                        finite_of(f.select(1 - position, 0)), *operands, beta=0
-                    ),
-                    factor,
-                    *product.args,  # type: ignore[arg-type]
-                )
+                (after,) = inline(graph, product_after, factor, *product.args)  # type: ignore[arg-type]
             product.replace_all_uses_with(after)
             graph.erase_node(product)
         elif product > factor:
             with graph.inserting_before(product):
-                (scale,) = inline(
-                    graph,
-                    lambda f, scale: scale + 0.0 * finite_of(f[0, 0]),
-                    factor,
-                    product.args[2],  # type: ignore[arg-type]
-                )
-                product.update_arg(2, scale)
+                (scale,) = inline(graph, scale_after, factor, product.args[2])  # type: ignore[arg-type]
+            product.update_arg(2, scale)
 
 
 def _is_scaled(product: fx.Node, dy: fx.Node) -> bool:
@@ -296,14 +293,10 @@ def _is_scaled(product: fx.Node, dy: fx.Node) -> bool:
     if of.dtype is not torch.float32 or any(_torch.size_hint(n) != 1 for n in of.shape[-1:]):
         return False
     while isinstance(node, fx.Node) and node is not dy:
-        size = _elements(node)
-        alike = [n for n in node.all_input_nodes if is_tensor(n) and _elements(n) == size]
+        size = elements_of(node)
+        alike = [n for n in node.all_input_nodes if is_tensor(n) and elements_of(n) == size]
         node = alike[0] if len(alike) == 1 else None
     return node is dy
-
-
-def _elements(node: fx.Node) -> int:
-    return _torch.size_hint(node.meta["val"].numel())
 
 
 def _turn(

@@ -13,6 +13,7 @@ from compact_fx import _torch
 from compact_fx.passes.nodes import (
     PRODUCT_NAMES,
     bytes_of,
+    elements_of,
     finish,
     gradient_nodes,
     inline,
@@ -140,12 +141,8 @@ def from_bits(packed: Tensor) -> Tensor:
 # --- writing it into the graphs ------------------------------------------------------------------
 
 
-def _elements(node: fx.Node) -> int:
-    return _torch.size_hint(node.meta["val"].numel())
-
-
 def _is_large(kept: fx.Node) -> bool:
-    value, elements = kept.meta["val"], _elements(kept)
+    value, elements = kept.meta["val"], elements_of(kept)
     has_own_memory = bytes_of(kept) >= elements * value.element_size()  # is not expanded
     return elements >= SMALLEST and isinstance(value.shape[-1], int) and has_own_memory
 
@@ -305,7 +302,7 @@ def _does_not_cancel(difference: fx.Node, node: fx.Node) -> bool:
     (other,) = others
     if not isinstance(other, fx.Node) or operator_base(other) in _CONSTANT:
         return _is_of_bounded(node)
-    return is_tensor(other) and _elements(node) >= MANY * _elements(other)
+    return is_tensor(other) and elements_of(node) >= MANY * elements_of(other)
 
 
 def _is_of_bounded(node: object) -> bool:
@@ -355,7 +352,7 @@ def _is_bell(node: fx.Node) -> bool:
 
 def _is_statistic(node: fx.Node) -> bool:
     """Whether a value is made, entry for entry, of sums over many others: a mean, a log-sum-exp."""
-    size = _elements(node)
+    size = elements_of(node)
     pending, seen = [node], {node}
     while pending:
         node = pending.pop()
@@ -368,10 +365,10 @@ def _is_statistic(node: fx.Node) -> bool:
             continue
         sources = {n for n in node.all_input_nodes if is_tensor(n)} - seen
         if name in _REDUCING:
-            if any(_elements(n) >= MANY * size for n in sources):
+            if any(elements_of(n) >= MANY * size for n in sources):
                 return True
             continue
-        alike = {n for n in sources if _elements(n) == size}
+        alike = {n for n in sources if elements_of(n) == size}
         seen |= alike
         pending += alike
     return False

@@ -25,6 +25,7 @@ E5M2 = torch.float8_e5m2
 
 
 DEFAULTS = {"gradients": "dense", "projection": "countsketch"}
+TRACKED_LATE = {"gradients": "sketched", "projection": "tracked", "rank": 16, "place": "late"}
 
 
 def batch(*shape):
@@ -425,8 +426,7 @@ def test_the_first_activation_of_a_backward_is_let_go_before_its_gradient_is_mad
         b=nn.Linear(64, 96, bias=False),
         second=down(),
     )
-    settings = {"gradients": "sketched", "projection": "tracked", "rank": 16, "place": "late"}
-    joint, plan, changed, _ = rewritten(joint_of(mlps, batch(8, 16, 64)), **settings)
+    joint, plan, changed, _ = rewritten(joint_of(mlps, batch(8, 16, 64)), **TRACKED_LATE)
     assert [site.side for site in plan.sketched].count("output") == 2
     nodes = list(changed.module.graph.nodes)
     waiting = [node for node in nodes if node.kwargs.get("beta") == 0]
@@ -444,7 +444,7 @@ def test_the_first_activation_of_a_backward_is_let_go_before_its_gradient_is_mad
         gradient = gradient.args[0]
     assert gradient is factor
     # The same values as without the order.
-    plain = rewritten(joint, **settings, recompute=False)[2]
+    plain = rewritten(joint, **TRACKED_LATE, recompute=False)[2]
     assert not any(node.kwargs.get("beta") == 0 for node in plain.module.graph.nodes)
     values = values_of(changed)
     for a, b in zip(evaluate(changed.module, values), evaluate(plain.module, values), strict=True):
@@ -493,11 +493,10 @@ def scaled_mlps(calls, scales="tensor"):
     ).bfloat16()
 
 
-def test_a_factor_comes_before_what_else_reads_its_gradient(joint_of, calls, values_of, evaluate):
+def test_a_factor_comes_before_what_else_reads_its_gradient(joint_of, calls):
     """So that Inductor has memory for dy, and casts do not compute it once more."""
     x = batch(128, 128).bfloat16().requires_grad_()
-    settings = {"gradients": "sketched", "projection": "tracked", "rank": 16, "place": "late"}
-    joint, plan, changed, _ = rewritten(joint_of(scaled_mlps(calls), x), **settings)
+    joint, plan, changed, _ = rewritten(joint_of(scaled_mlps(calls), x), **TRACKED_LATE)
     sides = {site.weight: site.side for site in plan.sketched}
     assert sides == {"up.weight": "input", "down.weight": "output"}
 
@@ -538,9 +537,8 @@ def test_a_product_in_float8_waits_for_the_factor_as_others_do(
 ):
     """Of the first layer's scale, to which 0 times the factor is added, if it can be."""
     x = batch(128, 128).bfloat16().requires_grad_()
-    settings = {"gradients": "sketched", "projection": "tracked", "rank": 16, "place": "late"}
-    joint, _, changed, _ = rewritten(joint_of(scaled_mlps(calls, scales), x), **settings)
-    plain = rewritten(joint, **settings, recompute=False)[2]
+    joint, _, changed, _ = rewritten(joint_of(scaled_mlps(calls, scales), x), **TRACKED_LATE)
+    plain = rewritten(joint, **TRACKED_LATE, recompute=False)[2]
 
     def waiting(graph):
         products = graph.find_nodes(op="call_function", target=torch.ops.aten._scaled_mm.default)
@@ -567,7 +565,6 @@ def test_sizes_that_change_are_not_compared(joint_of, calls):
     a, b = batch(128, 96).requires_grad_(), batch(96, 64).requires_grad_()
     torch._dynamo.mark_dynamic(a, 1)
     torch._dynamo.mark_dynamic(b, 0)
-    settings = {"gradients": "sketched", "projection": "tracked", "rank": 16, "place": "late"}
     joint = joint_of(module, batch(128, 96).requires_grad_(), a, b)
     symbolic = [
         size
@@ -577,7 +574,7 @@ def test_sizes_that_change_are_not_compared(joint_of, calls):
     ]
     environment = symbolic[0].node.shape_env
     before = len(environment.guards)
-    _, plan, changed, _ = rewritten(joint, **settings)
+    _, plan, changed, _ = rewritten(joint, **TRACKED_LATE)
     assert [site.side for site in plan.sketched] == ["output"]
     assert any(node.kwargs.get("beta") == 0 for node in changed.module.graph.nodes)
     assert len(environment.guards) == before
@@ -589,11 +586,10 @@ def test_a_gradient_that_leaves_the_graph_as_it_came_is_no_obstacle(
     """Tokens in one dimension, and a residual that is an input: its gradient is dy itself."""
     module = calls(lambda m, x, residual: residual + m.down(F.silu(x)), down=nn.Linear(96, 64))
     inputs = batch(128, 96).requires_grad_(), batch(128, 64).requires_grad_()
-    settings = {"gradients": "sketched", "projection": "tracked", "rank": 16, "place": "late"}
-    joint, plan, changed, _ = rewritten(joint_of(module, *inputs), **settings)
+    joint, plan, changed, _ = rewritten(joint_of(module, *inputs), **TRACKED_LATE)
     assert [site.side for site in plan.sketched] == ["output"]
     assert any(node.kwargs.get("beta") == 0 for node in changed.module.graph.nodes)
-    plain = rewritten(joint, **settings, recompute=False)[2]
+    plain = rewritten(joint, **TRACKED_LATE, recompute=False)[2]
     values = values_of(changed)
     for a, b in zip(evaluate(changed.module, values), evaluate(plain.module, values), strict=True):
         assert (a is None and b is None) or torch.allclose(a, b, rtol=1e-5, atol=1e-6)
