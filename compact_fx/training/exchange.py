@@ -4,8 +4,8 @@ import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,7 @@ BUCKET_BYTES = 25 * 2**20
 """What is exchanged at once, as in DistributedDataParallel."""
 
 
-@dataclass(frozen=True)
-class _Slot:
+class _Slot(NamedTuple):
     """One tensor that ranks average.
 
     Attributes:
@@ -34,8 +33,7 @@ class _Slot:
     nth: int
 
 
-@dataclass(frozen=True)
-class _Form:
+class _Form(NamedTuple):
     """What all ranks have to have alike in a slot.
 
     Attributes:
@@ -232,15 +230,16 @@ class Exchange:
     ) -> None:
         """Average what has arrived, as soon as all of a bucket has."""
         backward.arrivals.append(arrival)
+        told = ""
+        if isinstance(arrival.gradient, SketchedGrad):
+            basis = arrival.gradient.basis
+            told = _told(basis.projection, basis.seed, settings)
         for part, tensor in arrival.parts().items():
-            form = _Form(tuple(tensor.shape), tensor.dtype, "", divisor)
-            if isinstance(arrival.gradient, SketchedGrad):
-                basis = arrival.gradient.basis
-                form = replace(form, settings=_told(basis.projection, basis.seed, settings))
+            form = _Form(tuple(tensor.shape), tensor.dtype, told, divisor)
             slot = _Slot(name, part, 0)
             # One that has arrived before, or of another form than was agreed on, is another slot.
             while slot in backward.forms or self._forms.get(slot, form) != form:
-                slot = replace(slot, nth=slot.nth + 1)
+                slot = slot._replace(nth=slot.nth + 1)
             backward.forms[slot] = form
             backward.arrived[slot] = (arrival, tensor)
             if slot in self._bucket_of:
@@ -447,19 +446,23 @@ class _Note:
         self, group: "dist.ProcessGroup", new: Sequence[_Slot], steps: Iterable[int]
     ) -> None:
         self._new = new
-        device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-        mine = torch.zeros(2, dtype=torch.int64, device=device)
-        mine[0].fill_(bool(new))
-        mine[1].fill_(hash(tuple(steps)) >> 1)  # one number for all, whose negative is an int64 too
-        self._largest = torch.cat([mine, -mine])  # the largest of -x is the smallest of x
-        work = dist.all_reduce(self._largest, dist.ReduceOp.MAX, group=group, async_op=True)
-        self._wait: Callable[[], object] = work.wait
-        if device == "cuda":
-            work.wait()  # a stream does, and no host
-            self._largest = self._largest.to("cpu", non_blocking=True)
-            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        is_on_cuda = dist.get_backend(group) == "nccl"
+        # One number for all steps, whose negative is an int64 too.
+        mine = [int(bool(new)), hash(tuple(steps)) >> 1]
+        both = [*mine, *(-number for number in mine)]  # the largest of -x is the smallest of x
+        self._largest = torch.tensor(both, dtype=torch.int64, pin_memory=is_on_cuda)
+        if not is_on_cuda:
+            work = dist.all_reduce(self._largest, dist.ReduceOp.MAX, group=group, async_op=True)
+            self._wait: Callable[[], object] = work.wait
+            return
+        self._sent = self._largest.to("cuda", non_blocking=True)  # kept until it has been copied
+        work = dist.all_reduce(self._sent, dist.ReduceOp.MAX, group=group, async_op=True)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(_stream_of_notes(torch.cuda.current_device())):
+            work.wait()  # a stream does, and no host; that of the model goes on
+            self._largest = self._sent.to("cpu", non_blocking=True)
             copied.record()
-            self._wait = copied.synchronize
+        self._wait = copied.synchronize
 
     def check(self) -> None:
         """Raise where ranks differ: on all of them, at the latest when the next pass begins."""
@@ -478,3 +481,8 @@ class _Note:
                 "ranks have counted different steps of their weights, so that their projections "
                 "differ: load the same checkpoint, and step optimizers, on all of them"
             )
+
+
+@functools.cache
+def _stream_of_notes(device: int) -> "torch.cuda.Stream":
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -102,16 +102,15 @@ class ShardedExchange(Exchange):
         ranks, me = len(self.ranks), self.ranks.index(dist.get_rank())
         dims = [self._shardings[slot.weight].dim for slot in bucket]
         rows = [_rows(tensor, dim, ranks) for tensor, dim in zip(tensors, dims, strict=True)]
-        flat = torch.cat([*(row.flatten(1) for row in rows), shares.expand(ranks, -1)], 1)
+        flat = torch.cat([*rows, shares.expand(ranks, -1)], 1)
         flat.div_(self._forms[bucket[0]].divisor)
         mine = flat.new_empty(flat.shape[1])
         work = _torch.reduce_scatter(mine, flat.view(-1), self._group)
-        *averaged, shares = torch.split(mine, [*(row[0].numel() for row in rows), len(bucket)])
-        own = []
-        for mean, row, tensor, dim in zip(averaged, rows, tensors, dims, strict=True):
-            chunk, size = row.shape[dim + 1], tensor.shape[dim]
-            here = max(0, min(chunk, size - me * chunk))
-            own.append(mean.view(row.shape[1:]).narrow(dim, 0, here))
+        *averaged, shares = torch.split(mine, [*(row.shape[1] for row in rows), len(bucket)])
+        own = [
+            _own_part(mean, tensor.shape, dim, ranks, me)
+            for mean, tensor, dim in zip(averaged, tensors, dims, strict=True)
+        ]
         return work, own, shares
 
 
@@ -138,9 +137,20 @@ def shard_placement(parameter: nn.Parameter) -> "Shard | None":
 
 
 def _rows(tensor: Tensor, dim: int, ranks: int) -> Tensor:
-    """(ranks, *the part of each): chunks of `dim` as of `torch.chunk`, zeros up to their size."""
+    """(ranks, the part of each): chunks of `dim` as of `torch.chunk`, zeros up to their size."""
     chunk = -(-tensor.shape[dim] // ranks)
     missing = chunk * ranks - tensor.shape[dim]
-    padded = F.pad(tensor.movedim(dim, -1), (0, missing)).movedim(-1, dim) if missing else tensor
-    shape = (*tensor.shape[:dim], ranks, chunk, *tensor.shape[dim + 1 :])
-    return padded.reshape(shape).movedim(dim, 0)
+    if missing:
+        tensor = F.pad(tensor.movedim(dim, -1), (0, missing)).movedim(-1, dim)
+    if not dim:
+        return tensor.reshape(ranks, -1)
+    return tensor.unflatten(dim, (ranks, chunk)).movedim(dim, 0).flatten(1)
+
+
+def _own_part(row: Tensor, shape: torch.Size, dim: int, ranks: int, me: int) -> Tensor:
+    """What a row of `_rows` holds of a tensor of this shape, for the rank whose row it is."""
+    size = shape[dim]
+    chunk = -(-size // ranks)
+    here = max(0, min(chunk, size - me * chunk))
+    part = row.view(*shape[:dim], chunk, *shape[dim + 1 :])
+    return part if here == chunk else part.narrow(dim, 0, here)
