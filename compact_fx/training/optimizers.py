@@ -13,11 +13,11 @@ from compact_fx.training.moments import SIGNS, Refresh
 from compact_fx.training.stand_ins import CompactOptimizer, Rule, StateDtype
 
 _RULES: dict[type[torch.optim.Optimizer], Rule] = {
-    torch.optim.AdamW: Rule(decoupled=True),
+    torch.optim.AdamW: Rule(decoupled=True, is_elementwise=True),
     torch.optim.Adafactor: Rule(decoupled=True, is_relative=True),
-    torch.optim.Adam: Rule(decoupled=False),
-    torch.optim.SGD: Rule(decoupled=False, is_normalized=False),
-    torch.optim.RMSprop: Rule(decoupled=False),
+    torch.optim.Adam: Rule(decoupled=False, is_elementwise=True),
+    torch.optim.SGD: Rule(decoupled=False, is_elementwise=True, is_normalized=False),
+    torch.optim.RMSprop: Rule(decoupled=False, is_elementwise=True),
 }
 
 

@@ -36,11 +36,13 @@ class Rule:
     Attributes:
         decoupled: whether its weight decay is; None if nobody knows.
         is_relative: whether its updates are relative to the tensor's size (Adafactor).
+        is_elementwise: whether each number's update depends on its own gradients alone.
         is_normalized: whether its updates stay as they are where all gradients grow alike.
     """
 
     decoupled: bool | None
     is_relative: bool = False
+    is_elementwise: bool = False
     is_normalized: bool = True
 
 
@@ -62,12 +64,14 @@ class _Step(NamedTuple):
 
     Attributes:
         stand_in: of the factor's shape; without a basis the weight itself, at least in float32.
+        state: what was known of the weight before.
     """
 
     weight: Tensor
     stand_in: Tensor
     basis: Basis | None
     group: dict[str, Any]
+    state: Mapping[str, Any]
 
 
 def _lay_out(state: dict[str, Any], weight: Tensor) -> None:
@@ -322,13 +326,14 @@ class CompactOptimizer(torch.optim.Optimizer):
                 basis = factors[weight][1]
                 stand_in = self._stand_in(weight, factor_of[weight], basis, group, states[weight])
                 stand_ins.append(stand_in)
-                steps.append(_Step(weight, stand_in, basis, group))
+                steps.append(_Step(weight, stand_in, basis, group, states[weight]))
             if stand_ins:
                 # A few launches, not one for each weight.
                 torch._foreach_zero_([_torch.local_part(stand_in) for stand_in in stand_ins])
             if self._settings.in_8_bits:
                 in_place_of = self._dense_stand_ins(dense, states)
-                steps += [_Step(w, s, None, group) for w, s in zip(dense, in_place_of, strict=True)]
+                pairs = zip(dense, in_place_of, strict=True)
+                steps += [_Step(w, s, None, group, states[w]) for w, s in pairs]
                 dense = in_place_of
             lr = {"lr": group["lr"] * group["dense_scale"]} if "lr" in group else {}
             if stand_ins:
@@ -350,6 +355,12 @@ class CompactOptimizer(torch.optim.Optimizer):
     def _take_back_state(self, step: _Step) -> None:
         weight, basis = step.weight, step.basis
         state = self.state.pop(step.stand_in, {})
+        if self._rule.is_elementwise and _torch.is_sharded(weight):
+            for name, value in state.items():
+                before = step.state.get(name)
+                if isinstance(value, Tensor) and value.shape == step.stand_in.shape:
+                    is_same = _torch.local_part(before) is value
+                    state[name] = before if is_same else _torch.with_part(weight, value)
         if basis is not None:
             if self._bases.get(weight) is not basis or weight not in self._names:
                 self._bases[weight], self._names[weight] = basis, moments.names_of(basis)
@@ -373,17 +384,23 @@ class CompactOptimizer(torch.optim.Optimizer):
             factor = factor.to(self._dtype_of_moments(factor.dtype))
         # Fused kernels take for granted that gradients and moments are laid out alike.
         factor = factor.contiguous()
-        stand_in = _torch.with_part(weight, torch.empty_like(factor))
-        stand_in.grad = _torch.with_part(weight, factor)
+        stand_in = self._as_sharded(weight, torch.empty_like(factor))
+        stand_in.grad = self._as_sharded(weight, factor)
         own = self._bases.get(weight)
         if own is not None:  # may fail for want of memory
             moments.carry(state, own, basis, self._settings.refresh)
         else:  # there is none, or one of full size: `_check_state` has warned
             state = {}
         self.state.pop(weight, None)
+        if state and self._rule.is_elementwise:
+            state = {name: _torch.local_part(value) for name, value in state.items()}
         if state:
             self.state[stand_in] = state
         return stand_in
+
+    def _as_sharded(self, weight: Tensor, part: Tensor) -> Tensor:
+        """What the inner optimizer gets of a part: the slower DTensor only where it matters."""
+        return part if self._rule.is_elementwise else _torch.with_part(weight, part)
 
     def _dense_stand_ins(
         self, weights: Sequence[Tensor], states: Mapping[Tensor, dict[str, Any]]

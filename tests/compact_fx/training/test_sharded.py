@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from compact_fx import CompactAdamW, compact_backend, shard_placement
+from compact_fx import CompactAdamW, compact_backend, compact_optimizer, shard_placement
 from compact_fx.training.gradients import sketched_part
 from compact_fx.training.sharded import _own_part, _rows
 
@@ -274,6 +274,43 @@ def test_moments_are_sharded_as_their_weight(process_group):
     assert isinstance(moment, DTensor)
     assert moment.shape == (64, 8)
     assert moment.placements == model.up.weight.placements
+
+
+def test_moments_stay_where_they_are(process_group):
+    """Adam's kernels see this rank's part of them, and the state goes on with the same DTensor."""
+    model = sharded(rank=0.25)
+    optimizer = CompactAdamW(model.parameters())
+    seen = []
+    for _ in range(3):
+        model(torch.randn(8, 32)).pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(optimizer.state[model.up.weight]["exp_avg"])
+    assert seen[0] is seen[1] is seen[2]
+
+
+class Normalized(torch.optim.Optimizer):
+    """Its update of a number depends on all others of the gradient."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    self.state[weight]["type"] = type(weight.grad)
+                    weight.add_(weight.grad / weight.grad.norm(), alpha=-group["lr"])
+
+
+def test_other_classes_get_sharded_tensors(process_group):
+    """The norm is that of the whole factor."""
+    model = sharded(rank=0.25)
+    optimizer = compact_optimizer(Normalized, model.parameters())
+    model(torch.randn(8, 32)).pow(2).mean().backward()
+    optimizer.step()
+    assert optimizer.state[model.up.weight]["type"] is DTensor
 
 
 def test_moments_of_full_size_begin_anew(process_group):
