@@ -39,6 +39,7 @@ COLUMNS = {
     "step": "step",
     "gpus": "GPUs",
     "ms": "ms",
+    "host_ms": "host ms",
     "ms_ratio": "/ compile",
     "tokens_per_second": "tokens/s",
     "efficiency": "efficiency",
@@ -177,6 +178,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         right.set_title(f"{shape}: MB sent a step (crosses: predicted)", loc="left")
         for axes in (left, right):
             axes.set_xlabel("GPUs")
+            axes.set_xticks(sorted({row["gpus"] for row in rows}))
             axes.set_ylim(bottom=0)
             axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)

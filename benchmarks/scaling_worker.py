@@ -175,6 +175,7 @@ def measure(task: dict[str, Any], device: torch.device) -> dict[str, Any]:
         "ms_fastest": slowest(row["ms_fastest"]),
         "ms_slowest": slowest(row["ms_slowest"]),
         "ms_mean": slowest(row["ms_mean"]),
+        "host_ms": slowest(row["host_ms"]),
         "optimizer_ms": row["optimizer_ms"],
         "tokens_per_second": task["gpus"] * shape["batch"] * shape["seq"] / ms * 1e3,
         "sent_mb": (plain.sent() + changing / interval) / 1e6,

@@ -88,6 +88,8 @@ class Measured:
     Attributes:
         first: seconds of the first step, which compiles.
         seconds: of each later step.
+        host: seconds of each in which all of it was launched; what is near to the whole step makes
+            a GPU wait.
         optimizer_ms: of each of their optimizer steps.
         peak: bytes in use at the peak of all steps but the first: what CUDA graphs use is seen
             while they are recorded.
@@ -99,6 +101,7 @@ class Measured:
 
     first: float
     seconds: list[float]
+    host: list[float]
     optimizer_ms: list[float]
     peak: int | None
     reserved: int | None
@@ -113,6 +116,7 @@ class Measured:
             "ms_fastest": 1e3 * min(self.seconds),
             "ms_slowest": 1e3 * max(self.seconds),
             "ms_mean": 1e3 * statistics.mean(self.seconds),
+            "host_ms": 1e3 * statistics.median(self.host),
             "peak_gb": gigabytes(self.peak),
             "reserved_gb": gigabytes(self.reserved),
             "kept_gb": gigabytes(self.kept),
@@ -153,7 +157,7 @@ def measure_steps(
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def step() -> tuple[float, float, int, int]:
+    def step() -> tuple[float, float, float, int, int]:
         optimizer.zero_grad()
         at_rest = allocated()
         start = now()
@@ -170,12 +174,13 @@ def measure_steps(
             events[0].record()
             optimizer.step()
             events[1].record()
-            end = now()
-            return end - start, events[0].elapsed_time(events[1]), kept, gradients
+            launched = time.perf_counter() - start
+            whole = now() - start
+            return whole, launched, events[0].elapsed_time(events[1]), kept, gradients
         before_optimizer = now()
         optimizer.step()
         end = now()
-        return end - start, 1e3 * (end - before_optimizer), kept, gradients
+        return end - start, end - start, 1e3 * (end - before_optimizer), kept, gradients
 
     fresh = allocated()
     first, *_ = step()
@@ -188,11 +193,12 @@ def measure_steps(
     peak = torch.cuda.max_memory_allocated() if on_cuda else None
     reserved = torch.cuda.max_memory_reserved() if on_cuda else None
     optimizer.zero_grad()
-    seconds, optimizer_ms, kept, gradients = zip(*results, strict=True)
+    seconds, host, optimizer_ms, kept, gradients = zip(*results, strict=True)
     is_counted = on_cuda and kept[-1] > 0  # what CUDA graphs keep was there before
     return Measured(
         first=first,
         seconds=list(seconds),
+        host=list(host),
         optimizer_ms=list(optimizer_ms),
         peak=peak,
         reserved=reserved,
