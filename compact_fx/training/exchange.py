@@ -450,7 +450,7 @@ class _Note:
         # One number for all steps, whose negative is an int64 too.
         mine = [int(bool(new)), hash(tuple(steps)) >> 1]
         both = [*mine, *(-number for number in mine)]  # the largest of -x is the smallest of x
-        self._largest = torch.tensor(both, dtype=torch.int64, pin_memory=is_on_cuda)
+        self._largest = torch.tensor(both, device="cpu", pin_memory=is_on_cuda)
         if not is_on_cuda:
             work = dist.all_reduce(self._largest, dist.ReduceOp.MAX, group=group, async_op=True)
             self._wait: Callable[[], object] = work.wait

@@ -144,7 +144,8 @@ def _rows(tensor: Tensor, dim: int, ranks: int) -> Tensor:
         tensor = F.pad(tensor.movedim(dim, -1), (0, missing)).movedim(-1, dim)
     if not dim:
         return tensor.reshape(ranks, -1)
-    return tensor.unflatten(dim, (ranks, chunk)).movedim(dim, 0).flatten(1)
+    shape = (*tensor.shape[:dim], ranks, chunk, *tensor.shape[dim + 1 :])
+    return tensor.reshape(shape).movedim(dim, 0).flatten(1)
 
 
 def _own_part(row: Tensor, shape: torch.Size, dim: int, ranks: int, me: int) -> Tensor:

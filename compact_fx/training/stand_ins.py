@@ -332,8 +332,10 @@ class CompactOptimizer(torch.optim.Optimizer):
                 torch._foreach_zero_([_torch.local_part(stand_in) for stand_in in stand_ins])
             if self._settings.in_8_bits:
                 in_place_of = self._dense_stand_ins(dense, states)
-                pairs = zip(dense, in_place_of, strict=True)
-                steps += [_Step(w, s, None, group, states[w]) for w, s in pairs]
+                steps += [
+                    _Step(weight, stand_in, None, group, states[weight])
+                    for weight, stand_in in zip(dense, in_place_of, strict=True)
+                ]
                 dense = in_place_of
             lr = {"lr": group["lr"] * group["dense_scale"]} if "lr" in group else {}
             if stand_ins:
@@ -355,12 +357,13 @@ class CompactOptimizer(torch.optim.Optimizer):
     def _take_back_state(self, step: _Step) -> None:
         weight, basis = step.weight, step.basis
         state = self.state.pop(step.stand_in, {})
-        if self._rule.is_elementwise and _torch.is_sharded(weight):
+        if self._is_local(weight):
             for name, value in state.items():
                 before = step.state.get(name)
-                if isinstance(value, Tensor) and value.shape == step.stand_in.shape:
-                    is_same = _torch.local_part(before) is value
-                    state[name] = before if is_same else _torch.with_part(weight, value)
+                if before is not None and _torch.local_part(before) is value:
+                    state[name] = before
+                elif isinstance(value, Tensor) and value.shape == step.stand_in.shape:
+                    state[name] = _torch.with_part(weight, value)
         if basis is not None:
             if self._bases.get(weight) is not basis or weight not in self._names:
                 self._bases[weight], self._names[weight] = basis, moments.names_of(basis)
@@ -384,23 +387,27 @@ class CompactOptimizer(torch.optim.Optimizer):
             factor = factor.to(self._dtype_of_moments(factor.dtype))
         # Fused kernels take for granted that gradients and moments are laid out alike.
         factor = factor.contiguous()
-        stand_in = self._as_sharded(weight, torch.empty_like(factor))
-        stand_in.grad = self._as_sharded(weight, factor)
+        is_local = self._is_local(weight)
+        stand_in, gradient = (
+            part if is_local else _torch.with_part(weight, part)
+            for part in (torch.empty_like(factor), factor)
+        )
+        stand_in.grad = gradient
         own = self._bases.get(weight)
         if own is not None:  # may fail for want of memory
             moments.carry(state, own, basis, self._settings.refresh)
         else:  # there is none, or one of full size: `_check_state` has warned
             state = {}
         self.state.pop(weight, None)
-        if state and self._rule.is_elementwise:
+        if is_local:
             state = {name: _torch.local_part(value) for name, value in state.items()}
         if state:
             self.state[stand_in] = state
         return stand_in
 
-    def _as_sharded(self, weight: Tensor, part: Tensor) -> Tensor:
-        """What the inner optimizer gets of a part: the slower DTensor only where it matters."""
-        return part if self._rule.is_elementwise else _torch.with_part(weight, part)
+    def _is_local(self, weight: Tensor) -> bool:
+        """Whether this rank's parts are stepped as plain tensors: DTensors take the host longer."""
+        return self._rule.is_elementwise and _torch.is_sharded(weight)
 
     def _dense_stand_ins(
         self, weights: Sequence[Tensor], states: Mapping[Tensor, dict[str, Any]]
