@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -199,6 +200,30 @@ def test_bytes_of_a_state():
         expected += size
         storages |= {v.untyped_storage().data_ptr(): v.untyped_storage() for v in moments}
     assert sum(storage.nbytes() for storage in storages.values()) == expected
+
+
+def test_numbers_are_gone_when_they_are_in_8_bits_again(monkeypatch):
+    """Before the weights get their updates: what is alive then is part of the peak."""
+    run = Run()
+    run.step(1)
+    numbers, alive = [], []
+    decode, update = low_bit.decode, run.optimizer._update
+
+    def decoded(states, signs):
+        found = decode(states, signs)
+        moments = (state[name] for state in found for name in signs if name in state)
+        numbers.extend(map(weakref.ref, moments))
+        return found
+
+    def updated(*args):
+        alive.extend(reference() is not None for reference in numbers)
+        update(*args)
+
+    monkeypatch.setattr(low_bit, "decode", decoded)
+    monkeypatch.setattr(run.optimizer, "_update", updated)
+    run.step(2)
+    assert len(alive) == 2 * len(run.weights)
+    assert sum(alive) == 2  # of the small weight, which stays in float32
 
 
 def test_a_weight_that_is_not_stepped_keeps_no_memory_of_others():
