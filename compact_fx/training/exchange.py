@@ -450,19 +450,14 @@ class _Note:
         # One number for all steps, whose negative is an int64 too.
         mine = [int(bool(new)), hash(tuple(steps)) >> 1]
         both = [*mine, *(-number for number in mine)]  # the largest of -x is the smallest of x
-        self._largest = torch.tensor(both, device="cpu", pin_memory=is_on_cuda)
-        if not is_on_cuda:
-            work = dist.all_reduce(self._largest, dist.ReduceOp.MAX, group=group, async_op=True)
-            self._wait: Callable[[], object] = work.wait
-            return
-        self._sent = self._largest.to("cuda", non_blocking=True)  # kept until it has been copied
-        work = dist.all_reduce(self._sent, dist.ReduceOp.MAX, group=group, async_op=True)
-        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(_stream_of_notes(torch.cuda.current_device())):
-            work.wait()  # a stream does, and no host; that of the model goes on
-            self._largest = self._sent.to("cpu", non_blocking=True)
-            copied.record()
-        self._wait = copied.synchronize
+        sent = torch.tensor(both, device="cpu", pin_memory=is_on_cuda)
+        if is_on_cuda:
+            sent = sent.to("cuda", non_blocking=True)
+        work = dist.all_reduce(sent, dist.ReduceOp.MAX, group=group, async_op=True)
+        self._largest = sent
+        self._wait: Callable[[], object] = work.wait
+        if is_on_cuda:
+            self._largest, self._wait = _on_host(sent, work)
 
     def check(self) -> None:
         """Raise where ranks differ: on all of them, at the latest when the next pass begins."""
@@ -481,6 +476,18 @@ class _Note:
                 "ranks have counted different steps of their weights, so that their projections "
                 "differ: load the same checkpoint, and step optimizers, on all of them"
             )
+
+
+def _on_host(sent: Tensor, work: Any) -> tuple[Tensor, Callable[[], object]]:
+    """What will be on the host, and what waits for it; the model's stream does not."""
+    stream = _stream_of_notes(torch.cuda.current_device())
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        work.wait()  # the stream does, and no host
+        received = sent.to("cpu", non_blocking=True)
+        copied.record()
+    sent.record_stream(stream)
+    return received, copied.synchronize
 
 
 @functools.cache

@@ -106,7 +106,7 @@ def compact_optimizer(
         if decoupled_weight_decay is not None:
             kwargs["decoupled_weight_decay"] = decoupled_weight_decay
     elif decoupled_weight_decay is not None:
-        rule = Rule(decoupled_weight_decay, rule.is_relative)
+        rule = replace(rule, decoupled=decoupled_weight_decay)
     if state_dtype == "fp8":
         _check_moments(optimizer_class, kwargs)
     if not rule.is_relative:

@@ -64,14 +64,14 @@ class _Step(NamedTuple):
 
     Attributes:
         stand_in: of the factor's shape; without a basis the weight itself, at least in float32.
-        state: what was known of the weight before.
+        before: the moments of a sharded weight whose part here is stepped as a plain tensor.
     """
 
     weight: Tensor
     stand_in: Tensor
     basis: Basis | None
     group: dict[str, Any]
-    state: Mapping[str, Any]
+    before: Mapping[str, Any] | None = None
 
 
 def _lay_out(state: dict[str, Any], weight: Tensor) -> None:
@@ -324,18 +324,15 @@ class CompactOptimizer(torch.optim.Optimizer):
             stand_ins = []
             for weight in sketched:
                 basis = factors[weight][1]
-                stand_in = self._stand_in(weight, factor_of[weight], basis, group, states[weight])
-                stand_ins.append(stand_in)
-                steps.append(_Step(weight, stand_in, basis, group, states[weight]))
+                step = self._begin(weight, factor_of[weight], basis, group, states[weight])
+                stand_ins.append(step.stand_in)
+                steps.append(step)
             if stand_ins:
                 # A few launches, not one for each weight.
                 torch._foreach_zero_([_torch.local_part(stand_in) for stand_in in stand_ins])
             if self._settings.in_8_bits:
                 in_place_of = self._dense_stand_ins(dense, states)
-                steps += [
-                    _Step(weight, stand_in, None, group, states[weight])
-                    for weight, stand_in in zip(dense, in_place_of, strict=True)
-                ]
+                steps += [_Step(w, s, None, group) for w, s in zip(dense, in_place_of, strict=True)]
                 dense = in_place_of
             lr = {"lr": group["lr"] * group["dense_scale"]} if "lr" in group else {}
             if stand_ins:
@@ -357,9 +354,9 @@ class CompactOptimizer(torch.optim.Optimizer):
     def _take_back_state(self, step: _Step) -> None:
         weight, basis = step.weight, step.basis
         state = self.state.pop(step.stand_in, {})
-        if self._is_local(weight):
+        if step.before is not None:
             for name, value in state.items():
-                before = step.state.get(name)
+                before = step.before.get(name)
                 if before is not None and _torch.local_part(before) is value:
                     state[name] = before
                 elif isinstance(value, Tensor) and value.shape == step.stand_in.shape:
@@ -370,14 +367,15 @@ class CompactOptimizer(torch.optim.Optimizer):
             state |= self._names[weight]
         self.state[weight] = state
 
-    def _stand_in(
+    def _begin(
         self,
         weight: Tensor,
         factor: Tensor,
         basis: Basis,
         group: dict[str, Any],
         state: dict[str, Any],
-    ) -> Tensor:
+    ) -> _Step:
+        """A stand-in takes the weight's place."""
         decay = group.get("weight_decay", 0.0)
         if decay and not self._is_decoupled(group):
             sign = -1 if group.get("maximize") else 1  # the inner optimizer negates what it gets
@@ -387,27 +385,38 @@ class CompactOptimizer(torch.optim.Optimizer):
             factor = factor.to(self._dtype_of_moments(factor.dtype))
         # Fused kernels take for granted that gradients and moments are laid out alike.
         factor = factor.contiguous()
-        is_local = self._is_local(weight)
-        stand_in, gradient = (
-            part if is_local else _torch.with_part(weight, part)
-            for part in (torch.empty_like(factor), factor)
-        )
-        stand_in.grad = gradient
+        stand_in = torch.empty_like(factor)
         own = self._bases.get(weight)
         if own is not None:  # may fail for want of memory
             moments.carry(state, own, basis, self._settings.refresh)
         else:  # there is none, or one of full size: `_check_state` has warned
             state = {}
         self.state.pop(weight, None)
-        if is_local:
+        before = None
+        if self._is_local(weight, state):
+            before = state
             state = {name: _torch.local_part(value) for name, value in state.items()}
+        else:
+            stand_in, factor = (_torch.with_part(weight, part) for part in (stand_in, factor))
+        stand_in.grad = factor
         if state:
             self.state[stand_in] = state
-        return stand_in
+        return _Step(weight, stand_in, basis, group, before)
 
-    def _is_local(self, weight: Tensor) -> bool:
-        """Whether this rank's parts are stepped as plain tensors: DTensors take the host longer."""
-        return self._rule.is_elementwise and _torch.is_sharded(weight)
+    def _is_local(self, weight: Tensor, state: Mapping[str, Any]) -> bool:
+        """Whether a sharded weight's part here is stepped as it is: DTensors take the host longer.
+
+        Where a moment is not sharded as the weight, torch's own operators say so.
+        """
+        return (
+            self._rule.is_elementwise
+            and _torch.is_sharded(weight)
+            and all(
+                _torch.is_sharded(value) and value.placements == weight.placements
+                for value in state.values()
+                if isinstance(value, Tensor) and value.dim()
+            )
+        )
 
     def _dense_stand_ins(
         self, weights: Sequence[Tensor], states: Mapping[Tensor, dict[str, Any]]

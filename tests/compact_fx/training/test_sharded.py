@@ -289,6 +289,19 @@ def test_moments_stay_where_they_are(process_group):
     assert seen[0] is seen[1] is seen[2]
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_moments_that_are_not_sharded_are_refused(process_group, fused):
+    """Ranks would step with rows of others, and fused kernels say nothing of it."""
+    model = sharded(rank=0.25)
+    optimizer = CompactAdamW(model.parameters(), fused=fused)
+    model(torch.randn(8, 32)).pow(2).mean().backward()
+    optimizer.step()
+    state = optimizer.state[model.up.weight]
+    state["exp_avg"] = state["exp_avg"].full_tensor()
+    with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
+        optimizer.step()
+
+
 class Normalized(torch.optim.Optimizer):
     """Its update of a number depends on all others of the gradient."""
 
