@@ -76,8 +76,8 @@ def choose_sites(
     raise BudgetTooSmall(
         f"memory_budget={config.memory_budget!r} allows activations to take {allowed} bytes at the "
         f"peak of a graph, where torch.compile's take {whole}; the smallest that can be reached is "
-        f"{smallest}{hint}. A lower rank or checkpointing takes less, and of a number of bytes a "
-        "smaller batch",
+        f"{smallest}{hint}. Checkpointing takes less, a loss in chunks where logits are the most, "
+        "and of a number of bytes a smaller batch",
         smallest,
         share,
     )

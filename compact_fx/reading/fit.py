@@ -243,7 +243,8 @@ def _nothing_fits(gpu: GPU, smallest: Candidate) -> str:
         f"{smallest.bytes / 1e9:.2f} GB (batch {smallest.batch}, rank={smallest.rank}, "
         f"saved={smallest.saved!r}, {how} checkpointing, moments "
         f"{smallest.state_dtype or 'as gradients'}). Layers compiled and stepped one by one take "
-        "less: examples/train_8b.py. Here shorter sequences and a smaller rank do"
+        "less: python examples/train_8b.py --count. Here shorter sequences and a smaller rank do, "
+        "down to weights and what is in no sketch, such as embeddings and heads"
     )
 
 
