@@ -136,9 +136,14 @@ def shard_placement(parameter: nn.Parameter) -> "Shard | None":
     return Shard(1) if is_wide and columns % dist.get_world_size() == 0 else None
 
 
+def _chunk(size: int, ranks: int) -> int:
+    """How much each rank gets, as of `torch.chunk`; the last ones less or nothing."""
+    return -(-size // ranks)
+
+
 def _rows(tensor: Tensor, dim: int, ranks: int) -> Tensor:
     """(ranks, the part of each): chunks of `dim` as of `torch.chunk`, zeros up to their size."""
-    chunk = -(-tensor.shape[dim] // ranks)
+    chunk = _chunk(tensor.shape[dim], ranks)
     missing = chunk * ranks - tensor.shape[dim]
     if missing:
         tensor = F.pad(tensor.movedim(dim, -1), (0, missing)).movedim(-1, dim)
@@ -150,8 +155,7 @@ def _rows(tensor: Tensor, dim: int, ranks: int) -> Tensor:
 
 def _own_part(row: Tensor, shape: torch.Size, dim: int, ranks: int, me: int) -> Tensor:
     """What a row of `_rows` holds of a tensor of this shape, for the rank whose row it is."""
-    size = shape[dim]
-    chunk = -(-size // ranks)
-    here = max(0, min(chunk, size - me * chunk))
+    chunk = _chunk(shape[dim], ranks)
+    here = max(0, min(chunk, shape[dim] - me * chunk))
     part = row.view(*shape[:dim], chunk, *shape[dim + 1 :])
     return part if here == chunk else part.narrow(dim, 0, here)

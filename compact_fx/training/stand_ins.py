@@ -391,7 +391,6 @@ class CompactOptimizer(torch.optim.Optimizer):
             moments.carry(state, own, basis, self._settings.refresh)
         else:  # there is none, or one of full size: `_check_state` has warned
             state = {}
-        self.state.pop(weight, None)
         before = None
         if self._is_local(weight, state):
             before = state
@@ -399,6 +398,7 @@ class CompactOptimizer(torch.optim.Optimizer):
         else:
             stand_in, factor = (_torch.with_part(weight, part) for part in (stand_in, factor))
         stand_in.grad = factor
+        self.state.pop(weight, None)  # nothing fails from here on
         if state:
             self.state[stand_in] = state
         return _Step(weight, stand_in, basis, group, before)
