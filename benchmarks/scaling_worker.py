@@ -102,14 +102,17 @@ def _ddp(model: nn.Module, sketched: bool) -> DistributedDataParallel:
     return wrapper
 
 
-def fsdp(model: nn.Module, backend: Any, sketched: bool) -> Wrapped:
-    """Each block compiled and sharded, and the rest sharded."""
+def fsdp(model: nn.Module, backend: Any, sketched: bool, *, reshards: bool = True) -> Wrapped:
+    """Each block compiled and sharded, and the rest sharded.
+
+    reshards: whether blocks are gathered a second time, in the backward pass.
+    """
     placement: dict[str, Any] = {"shard_placement_fn": shard_placement} if sketched else {}
     device = next(model.parameters()).device.type
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     for layer in model.layers:
         layer.compile(backend=backend)
-        fully_shard(layer, mesh=mesh, **placement)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=reshards, **placement)
     fully_shard(model, mesh=mesh, **placement)
 
     @contextlib.contextmanager
@@ -125,6 +128,7 @@ PARALLEL: dict[str, Callable[[nn.Module, Any, bool], Wrapped]] = {
     "ddp": ddp,
     "ddp of blocks": ddp_of_blocks,
     "fsdp": fsdp,
+    "zero2": partial(fsdp, reshards=False),
 }
 
 
@@ -166,7 +170,7 @@ def measure(task: dict[str, Any], device: torch.device) -> dict[str, Any]:
         alone = measure_steps(step, optimizer, inputs, target, **counts)
     row = measured.row()
     passes, without = (slowest(m.row()["ms"] - m.row()["optimizer_ms"]) for m in (measured, alone))
-    exchange = time_of(plain, "reduce_scatter" if task["parallel"] == "fsdp" else "all_reduce")
+    exchange = time_of(plain, "all_reduce" if "ddp" in task["parallel"] else "reduce_scatter")
     ms = slowest(row["ms"])
     peaks = [None] * dist.get_world_size()
     dist.all_gather_object(peaks, row["peak_gb"])

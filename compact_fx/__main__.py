@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--optimizer", default="adamw", choices=STATES, help="(adamw)")
     ranks = "also what one of so many processes holds and sends; with --parallel"
     command.add_argument("--world-size", type=int, metavar="N", help=ranks)
-    how = "DistributedDataParallel, or fully_shard of blocks"
+    how = "DistributedDataParallel; fully_shard of blocks, with reshard_after_forward or without"
     command.add_argument("--parallel", choices=get_args(Parallel), help=how)
     command.add_argument("--plot", type=Path, metavar="OUT.png", help="stacked bars")
     line = "of a GPU: a line in --plot, such as 24GB"

@@ -100,7 +100,8 @@ class Explanation:
         Args:
             world_size: how many.
             parallel: "ddp" for DistributedDataParallel; "fsdp" for `fully_shard` of each block and
-                of the model. A block is a member of an outermost ModuleList or Sequential.
+                of the model, "zero2" for the same with `reshard_after_forward=False`. A block is a
+                member of an outermost ModuleList or Sequential.
 
         Raises:
             ValueError: there can be no such processes.

@@ -13,7 +13,8 @@ it exchanges (torch.nn.parallel.DistributedDataParallel, `gradient_as_bucket_vie
 
 `fully_shard` of each block and of the model, resharded after forward: a block's weights are
 gathered in the forward and again in the backward pass, all others once; gradients are
-reduce-scattered (torch.distributed.fsdp.fully_shard). Parts are padded to equal ones. A sketched
+reduce-scattered (torch.distributed.fsdp.fully_shard). With `reshard_after_forward=False` (ZeRO-2)
+all are gathered once, and stay until their backward. Parts are padded to equal ones. A sketched
 weight is sharded in the dimension that its factor keeps: in its rows, or in its columns where
 these come out even, which fully_shard asks for; elsewhere its gradient is dense.
 
@@ -34,7 +35,7 @@ from compact_fx.plan import Plan
 from compact_fx.projections import Projection
 from compact_fx.reading.memory import Breakdown
 
-Parallel = Literal["ddp", "fsdp"]
+Parallel = Literal["ddp", "fsdp", "zero2"]
 Collective = Literal["all_reduce", "reduce_scatter", "all_gather", "broadcast"]
 
 
@@ -151,7 +152,7 @@ class PerRank:
         moments: of the optimizer.
         projections: P and Y.
         whole: beside its parts: with FSDP2 what is gathered at a time, two blocks and what is in
-            none, and their gradients on the way; with DDP its buckets.
+            none (with ZeRO-2 all), and gradients on the way; with DDP its buckets.
         peak: the most that is alive at one time.
         sent_gradients: in a step.
         sent_weights: in a step.
@@ -180,7 +181,7 @@ class Ranks:
 
     Attributes:
         world_size: how many there are.
-        parallel: "ddp" or "fsdp".
+        parallel: see `Explanation.ranks`.
         each: by variant, as in `Explanation.memory`.
     """
 
@@ -273,7 +274,7 @@ def ranks_of(
     each = {
         way: with_ddp(training, world_size, alone[way])
         if parallel == "ddp"
-        else with_fsdp(training, world_size)
+        else with_fsdp(training, world_size, reshards=parallel == "fsdp")
         for way, training in trainings.items()
     }
     return Ranks(world_size=world_size, parallel=parallel, each=each)
@@ -297,15 +298,18 @@ def with_ddp(training: Training, ranks: int, alone: Breakdown) -> PerRank:
     )
 
 
-def with_fsdp(training: Training, ranks: int) -> PerRank:
-    """A rank under `fully_shard` of each block and of the model, blocks compiled one by one."""
+def with_fsdp(training: Training, ranks: int, *, reshards: bool = True) -> PerRank:
+    """A rank under `fully_shard` of each block and of the model, blocks compiled one by one.
+
+    reshards: `reshard_after_forward` of `fully_shard`.
+    """
     held = [h.in_parts(ranks) for h in training.held]
     weights = sum(h.part(ranks) for h in held)
     gradients = sum(h.part_of_gradient(ranks) for h in held)
     others, blocks = _by_block(held)
     gathered = [ranks * sum(h.part(ranks) for h in block) for block in blocks]
     gathered_once = ranks * sum(h.part(ranks) for h in others)
-    at_once = gathered_once + 2 * max(gathered, default=0)
+    at_once = gathered_once + (2 * max(gathered, default=0) if reshards else sum(gathered))
     # What is in no block has gradients until the end; a block's are copied to be sent.
     on_the_way = sum(h.gradient for h in others)
     on_the_way += 2 * max((sum(h.gradient for h in block) for block in blocks), default=0)
@@ -329,7 +333,9 @@ def with_fsdp(training: Training, ranks: int) -> PerRank:
         whole=at_once + on_the_way,
         peak=lasting + max(*while_running, optimizer),
         sent_gradients=sent("reduce_scatter", ranks * gradients, ranks),
-        sent_weights=sent("all_gather", gathered_once + 2 * sum(gathered), ranks),
+        sent_weights=sent(
+            "all_gather", gathered_once + (2 if reshards else 1) * sum(gathered), ranks
+        ),
         sent_projections=_of_projections(training, ranks),
     )
 

@@ -43,12 +43,13 @@ def test_two_processes_send_what_is_predicted(tmp_path):
     assert rows[1]["sent_to_change_mb"] > 0
     assert rows[1]["sent_mb"] < 0.3 * rows[0]["sent_mb"]
 
-    more = run(out, *options, "fsdp")
+    more = run(out, *options, "fsdp", "zero2")
     assert more[:2] == rows
-    assert [row["parallel"] for row in more[2:]] == ["fsdp", "fsdp"]
+    assert [row["parallel"] for row in more[2:]] == ["fsdp", "fsdp", "zero2", "zero2"]
     for row in more[2:]:
         assert row["sent_mb"] == pytest.approx(row["predicted_mb"], abs=100e-6)
     assert more[3]["sent_mb"] < more[2]["sent_mb"]
+    assert more[5]["sent_mb"] < more[3]["sent_mb"]
     assert out.with_suffix(".png").stat().st_size > 10_000
 
 

@@ -64,13 +64,14 @@ def messages(monkeypatch):
     return given
 
 
-def test_fsdp_is_what_fully_shard_does(make_llama, tokens, many_ranks, messages):
+@pytest.mark.parametrize("parallel", ["fsdp", "zero2"])
+def test_fsdp_is_what_fully_shard_does(make_llama, tokens, many_ranks, messages, parallel):
     """Parts of weights, gradients and moments, and every byte that a step sends."""
-    model = make_llama(1)
+    model = make_llama(2)
     found = explain(model, input_ids=tokens, labels=tokens)
-    rank = found.ranks(RANKS, "fsdp").each[COMPILED]
+    rank = found.ranks(RANKS, parallel).each[COMPILED]
     for layer in model.model.layers:
-        fully_shard(layer)
+        fully_shard(layer, reshard_after_forward=parallel == "fsdp")
     fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters())
     model(input_ids=tokens, labels=tokens).loss.backward()
@@ -147,7 +148,8 @@ def test_a_factor_is_sharded_where_it_is_as_long_as_its_weight():
     assert rank.sent_projections == (2 * 3 * 64 // 4 + 32) // 10
 
 
-def test_memory_of_a_shard():
+@pytest.mark.parametrize("reshards", [True, False])
+def test_memory_of_a_shard(reshards):
     """What is gathered at a time, and gradients on their way, lie on what one process has."""
     inner = [Held(shape=(size,), itemsize=1, block=f"h.{size}") for size in (40, 80)]
     head = Held(shape=(20,), itemsize=1, block="")
@@ -156,9 +158,9 @@ def test_memory_of_a_shard():
         Moment("backward", "mm", 1100, 100),
         Moment("backward", "return", 140, 140),
     )
-    rank = with_fsdp(training(*inner, head, timeline=timeline), 4)
+    rank = with_fsdp(training(*inner, head, timeline=timeline), 4, reshards=reshards)
     parts = 10 + 20 + 5
-    gathered, on_the_way = 20 + 2 * 80, 20 + 2 * 80
+    gathered, on_the_way = 20 + (2 * 80 if reshards else 40 + 80), 20 + 2 * 80
     assert rank.whole == gathered + on_the_way
     lasting = parts + 2 * parts + 7 + 5
     assert rank.peak == lasting + gathered + on_the_way + 1000 + 100 // 4
@@ -205,5 +207,5 @@ def test_ranks_in_tables_and_data():
     assert str(ranks) == ranks.table()
     with pytest.raises(ValueError, match=r"world_size=2\.0 must be an int ≥ 1"):
         found.ranks(2.0, "ddp")
-    with pytest.raises(ValueError, match="parallel='tp' must be one of 'ddp', 'fsdp'"):
+    with pytest.raises(ValueError, match="parallel='tp' must be one of 'ddp', 'fsdp', 'zero2'"):
         found.ranks(2, "tp")
