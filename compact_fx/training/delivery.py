@@ -8,8 +8,7 @@ from torch import Tensor
 
 from compact_fx import _torch
 from compact_fx.projections import Basis
-from compact_fx.training.gradients import SketchedGrad
-from compact_fx.training.weights import described, known_record
+from compact_fx.training.weights import WeightRecord, described
 
 
 def is_own_hook(hook: object) -> bool:
@@ -34,7 +33,11 @@ def empty_leaf(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def leaf_of(
-    weight: Tensor, shape: tuple[int, ...], basis: Basis, place: Tensor | None = None
+    weight: Tensor,
+    record: WeightRecord,
+    shape: tuple[int, ...],
+    basis: Basis,
+    place: Tensor | None = None,
 ) -> Tensor:
     """A leaf of the factor's shape, without memory of its own, that delivers in this basis.
 
@@ -42,18 +45,19 @@ def leaf_of(
     gradient in the basis of its forward.
 
     Args:
+        record: the weight's.
         place: where its element is.
     """
     leaf = empty_leaf(weight, shape) if place is None else place.requires_grad_()
     reference = weakref.ref(weight)
     leaf.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-        lambda leaf: _deliver(leaf, reference(), basis)
+        lambda leaf: _deliver(leaf, reference(), record, basis)
     )
     return leaf
 
 
 @_torch.untraced  # a compiled function may call backward()
-def _deliver(leaf: Tensor, weight: Tensor | None, basis: Basis) -> None:
+def _deliver(leaf: Tensor, weight: Tensor | None, record: WeightRecord, basis: Basis) -> None:
     factor, leaf.grad = leaf.grad, None
     if weight is None or factor is None or not weight.requires_grad:
         return
@@ -63,8 +67,6 @@ def _deliver(leaf: Tensor, weight: Tensor | None, basis: Basis) -> None:
             f"of shape {described(weight)}, would drop out of the loss. Exclude the weight, or "
             'use gradients="dense"'
         )
-    record = known_record(weight)
-    assert record is not None
     recomputed, record.recomputed = record.recomputed, None
     if recomputed is not None and recomputed != basis:
         raise RuntimeError(
@@ -73,6 +75,6 @@ def _deliver(leaf: Tensor, weight: Tensor | None, basis: Basis) -> None:
             "between: call backward before optimizer.step()"
         )
     refuse_hooks([weight])
-    record.deliver(weight, SketchedGrad(factor, basis))
+    record.deliver(weight, factor, basis)
     if record.listener is not None:
         record.listener(weight)

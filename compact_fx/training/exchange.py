@@ -5,14 +5,14 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from compact_fx import _torch
-from compact_fx.projections import Projection
+from compact_fx.projections import Basis, Projection
 from compact_fx.training.gradients import SketchedGrad, accumulate
 
 BUCKET_BYTES = 25 * 2**20
@@ -58,12 +58,37 @@ def _told(projection: Projection, seed: int, settings: str) -> str:
     return f"{projection}, seed={seed}, {settings}"
 
 
+class _Arrival(Protocol):
+    """A gradient that was taken from its weight to be averaged.
+
+    Attributes:
+        basis: what it is sketched in; None for a plain one.
+    """
+
+    @property
+    def basis(self) -> Basis | None: ...
+
+    def parts(self) -> Mapping[str, Tensor]:
+        """What it is the sum of, by name."""
+
+    def replace(self, part: str, averaged: Tensor) -> None:
+        """The mean of all ranks for a part."""
+
+    def put_back(self) -> None:
+        """The weight gets it."""
+
+
 @dataclass(eq=False)
-class _Arrival:
-    """A gradient that was taken from its weight to be averaged."""
+class _WholeArrival:
+    """A gradient that each rank has all of, and gets all of the mean."""
 
     weight: Tensor
     gradient: Tensor
+
+    @property
+    def basis(self) -> Basis | None:
+        """What it is sketched in."""
+        return self.gradient.basis if isinstance(self.gradient, SketchedGrad) else None
 
     def parts(self) -> dict[str, Tensor]:
         if isinstance(self.gradient, SketchedGrad):
@@ -182,10 +207,11 @@ class Exchange:
                 "exchange_factors its process_group"
             )
 
-    @torch.no_grad()
-    def receive(self, weight: Tensor, gradient: SketchedGrad, name: str, settings: str) -> None:
-        """A sketched gradient has arrived for a weight; see `arrive`."""
-        accumulate(weight, gradient)
+    def receive(
+        self, weight: Tensor, factor: Tensor, basis: Basis, name: str, settings: str
+    ) -> None:
+        """A factor has arrived for a weight, without autograd; see `arrive`."""
+        accumulate(weight, SketchedGrad(factor, basis))
         self.arrive(weight, name, settings)
 
     @torch.no_grad()
@@ -222,7 +248,7 @@ class Exchange:
     def _take_gradient(self, backward: _Backward, weight: Tensor, name: str, settings: str) -> None:
         if weight.grad is None:
             return
-        arrival, weight.grad = _Arrival(weight, weight.grad), None
+        arrival, weight.grad = _WholeArrival(weight, weight.grad), None
         self._take(backward, arrival, name, settings, float(len(self.ranks)))
 
     def _take(
@@ -230,10 +256,8 @@ class Exchange:
     ) -> None:
         """Average what has arrived, as soon as all of a bucket has."""
         backward.arrivals.append(arrival)
-        told = ""
-        if isinstance(arrival.gradient, SketchedGrad):
-            basis = arrival.gradient.basis
-            told = _told(basis.projection, basis.seed, settings)
+        basis = arrival.basis
+        told = "" if basis is None else _told(basis.projection, basis.seed, settings)
         for part, tensor in arrival.parts().items():
             form = _Form(tuple(tensor.shape), tensor.dtype, told, divisor)
             slot = _Slot(name, part, 0)
@@ -280,9 +304,9 @@ class Exchange:
                 shares[number].zero_()
         work, averaged, shares_of_all = self._send(bucket, tensors, shares)
         backward.works.append(work)
-        for slot, found, tensor, share in zip(bucket, taken, averaged, shares_of_all, strict=True):
+        for number, (slot, found, tensor) in enumerate(zip(bucket, taken, averaged, strict=True)):
             if found is None:
-                backward.absent.append((slot, tensor, share))
+                backward.absent.append((slot, tensor, shares_of_all[number]))
             else:
                 found[0].replace(slot.part, tensor)
 
@@ -347,7 +371,7 @@ class Exchange:
                 "this one: every rank has to use the same layers. Exclude the weight, or use "
                 'gradients="dense"'
             )
-        _Arrival(self._weight(slot), averaged).put_back()
+        _WholeArrival(self._weight(slot), averaged).put_back()
 
     def _agree(self, new: Mapping[_Slot, _Form]) -> None:
         """Every rank appends the same slots, in the same order."""

@@ -147,7 +147,8 @@ class GraphInputs:
             zip(self._factors, factor_bases, strict=True), len(sources)
         ):
             place = self._place(number, old, arguments)
-            leaves.append(leaf_of(arguments[role.index], role.shape, basis, place))
+            weight, record = arguments[role.index], records[role.index]
+            leaves.append(leaf_of(weight, record, role.shape, basis, place))
         entry = _Entry(
             references=[weakref.ref(weight) for weight in weights],
             records=list(records.values()),

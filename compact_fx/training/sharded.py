@@ -11,24 +11,31 @@ from torch import Tensor, nn
 
 from compact_fx import _torch
 from compact_fx.config import CompactConfig
-from compact_fx.training.exchange import Exchange, _Arrival, _Backward, _Slot
+from compact_fx.projections import Basis
+from compact_fx.training.exchange import Exchange, _Backward, _Slot
 from compact_fx.training.gradients import SketchedGrad, accumulate
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import Shard
 
 
-class _ShardedArrival(_Arrival):
-    """A gradient of a whole weight, whose parts become this process's share of them."""
+class _ShardedArrival:
+    """Parts of a gradient of a whole weight, which become this process's share of them."""
 
-    def __init__(self, sharding: _torch.Sharding, gradient: SketchedGrad) -> None:
-        super().__init__(sharding.weight, gradient)
-        self._parameter, self._basis = sharding.parameter, gradient.basis
+    def __init__(self, sharding: _torch.Sharding, basis: Basis, parts: dict[str, Tensor]) -> None:
+        self.basis = basis
+        self._parameter, self._parts = sharding.parameter, parts
+
+    def parts(self) -> dict[str, Tensor]:
+        return self._parts
+
+    def replace(self, part: str, averaged: Tensor) -> None:
+        self._parts[part] = averaged
 
     def put_back(self) -> None:
         like = _torch.local_part(self._parameter)
-        parts = {name: part.to(like) for name, part in self.parts().items()}
-        gradient = SketchedGrad(parts.pop("factor"), self._basis)
+        parts = {name: part.to(like) for name, part in self._parts.items()}
+        gradient = SketchedGrad(parts.pop("factor"), self.basis)
         for name, part in parts.items():
             gradient.replace(name, part)
         accumulate(self._parameter, _torch.with_part(self._parameter, gradient))
@@ -64,23 +71,37 @@ class ShardedExchange(Exchange):
                 f"{theirs}; on rank {dist.get_rank()}: {mine.get(name)}"
             )
 
-    @torch.no_grad()
-    def receive(self, weight: Tensor, gradient: SketchedGrad, name: str, settings: str) -> None:
-        """A sketched gradient has arrived for a weight; `fully_shard` does not see it."""
+    def receive(
+        self, weight: Tensor, factor: Tensor, basis: Basis, name: str, settings: str
+    ) -> None:
+        """A factor has arrived for a weight, without autograd; `fully_shard` does not see it."""
         sharding = self._shardings[name]
-        dtype = sharding.reduce_dtype or gradient.dtype
-        if dtype is not gradient.dtype:
-            assert gradient.factor is not None
-            gradient = SketchedGrad(gradient.factor.to(dtype), gradient.basis)
+        factor = factor.to(sharding.reduce_dtype or factor.dtype)
+        is_reduced = sharding.is_reduced
+        if is_reduced and name not in self._kept:
+            self._take_parts(self._backward(), name, basis, {"factor": factor}, settings)
+            return
+        gradient = SketchedGrad(factor, basis)
         if name in self._kept:
             kept, _ = self._kept.pop(name)
             kept.add_(gradient)
             gradient = kept
-        if not sharding.is_reduced:
+        if is_reduced:
+            self._take_parts(self._backward(), name, gradient.basis, gradient.parts(), settings)
+        else:
             self._kept[name] = gradient, settings
-            return
-        arrival = _ShardedArrival(sharding, gradient)
-        self._take(self._backward(), arrival, name, settings, sharding.divisor)
+
+    def _take_parts(
+        self,
+        backward: _Backward,
+        name: str,
+        basis: Basis,
+        parts: dict[str, Tensor],
+        settings: str,
+    ) -> None:
+        sharding = self._shardings[name]
+        arrival = _ShardedArrival(sharding, basis, parts)
+        self._take(backward, arrival, name, settings, sharding.divisor)
 
     def _take_kept(self, backward: _Backward) -> None:
         """What was kept goes now, also of weights that this pass has given nothing."""
@@ -88,8 +109,7 @@ class ShardedExchange(Exchange):
             sharding = self._shardings[name]
             if sharding.is_reduced:
                 del self._kept[name]
-                arrival = _ShardedArrival(sharding, gradient)
-                self._take(backward, arrival, name, settings, sharding.divisor)
+                self._take_parts(backward, name, gradient.basis, gradient.parts(), settings)
 
     def _launch(self, backward: _Backward) -> None:
         if backward.works:  # as fully_shard does: whole factors of one bucket are there at once

@@ -159,12 +159,12 @@ class WeightRecord:
         self.is_stepped = True
         self.steps += 1
 
-    def deliver(self, weight: Tensor, gradient: SketchedGrad) -> None:
-        """A sketched gradient has arrived for the weight."""
+    def deliver(self, weight: Tensor, factor: Tensor, basis: Basis) -> None:
+        """A factor has arrived for the weight."""
         if self.exchange is None:
-            accumulate(weight, gradient)
+            accumulate(weight, SketchedGrad(factor, basis))
         else:
-            self.exchange.receive(weight, gradient, self.name, self.settings)
+            self.exchange.receive(weight, factor, basis, self.name, self.settings)
 
     def exchange_gradient(self, weight: Tensor) -> None:
         """Something has arrived in `weight.grad`, which other processes want to have."""
