@@ -30,8 +30,12 @@ from compact_fx import explain
 from compact_fx.reading.explanation import COMPILED, DENSE, SKETCHED, Explanation
 
 TINY = {"layers": 2, "hidden": 256, "mlp": 512, "heads": 4, "vocabulary": 0, "batch": 2, "seq": 256}
-SHAPES = {"tiny": TINY, **{name: BLOCKS[name] for name in ("1b", "8b")}}
-"""Blocks; the batch is that of each process."""
+SHAPES = {
+    "tiny": TINY,
+    **{name: BLOCKS[name] for name in ("1b", "8b")},
+    "8b-8k": {**BLOCKS["8b"], "batch": 4},
+}
+"""Blocks; the batch is that of each process: 16384 tokens of 1b, 4096 or 8192 of 8b."""
 NAMES = ("torch.compile", "compact n/4, tracked")
 COLUMNS = {
     "parallel": "",
