@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -207,6 +208,8 @@ def main() -> None:
     basis = known_record(model.get_parameter(SKETCHED)).basis
     matrix = basis.matrix(torch.device("cpu"), torch.float32)
     torch.save((of_steps, state, basis.generation, matrix), folder / f"{RANKS}-{RANK}.pt")
+    if dist.is_initialized():  # else gloo's threads may outlive the interpreter, which aborts
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
