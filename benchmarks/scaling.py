@@ -180,10 +180,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             right.plot(gpus, [row["predicted_mb"] for row in line], "x", color=color)
         left.set_title(f"{shape}: tokens/s of a GPU, one GPU = 1", loc="left")
         right.set_title(f"{shape}: MB sent a step (crosses: predicted)", loc="left")
-        for axes, bottom in ((left, 0.7), (right, 0)):
+        left.set_ylim(bottom=min(0.7, left.get_ylim()[0]))
+        right.set_ylim(bottom=0)
+        for axes in (left, right):
             axes.set_xlabel("GPUs")
             axes.set_xticks(sorted({row["gpus"] for row in rows}))
-            axes.set_ylim(bottom=min(bottom, axes.get_ylim()[0]))
             axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120)

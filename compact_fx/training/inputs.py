@@ -143,12 +143,11 @@ class GraphInputs:
         for record, basis in zip(factor_records, factor_bases, strict=True):
             record.basis, record.is_factor = basis, True
         leaves = []
-        for number, (role, basis) in enumerate(
-            zip(self._factors, factor_bases, strict=True), len(sources)
+        for number, (role, record, basis) in enumerate(
+            zip(self._factors, factor_records, factor_bases, strict=True), len(sources)
         ):
             place = self._place(number, old, arguments)
-            weight, record = arguments[role.index], records[role.index]
-            leaves.append(leaf_of(weight, record, role.shape, basis, place))
+            leaves.append(leaf_of(arguments[role.index], record, role.shape, basis, place))
         entry = _Entry(
             references=[weakref.ref(weight) for weight in weights],
             records=list(records.values()),

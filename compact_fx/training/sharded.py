@@ -77,28 +77,23 @@ class ShardedExchange(Exchange):
         """A factor has arrived for a weight, without autograd; `fully_shard` does not see it."""
         sharding = self._shardings[name]
         factor = factor.to(sharding.reduce_dtype or factor.dtype)
-        is_reduced = sharding.is_reduced
-        if is_reduced and name not in self._kept:
-            self._take_parts(self._backward(), name, basis, {"factor": factor}, settings)
-            return
-        gradient = SketchedGrad(factor, basis)
-        if name in self._kept:
-            kept, _ = self._kept.pop(name)
-            kept.add_(gradient)
-            gradient = kept
-        if is_reduced:
-            self._take_parts(self._backward(), name, gradient.basis, gradient.parts(), settings)
-        else:
-            self._kept[name] = gradient, settings
+        parts = {"factor": factor}
+        if name in self._kept or not sharding.is_reduced:
+            gradient = SketchedGrad(factor, basis)
+            if name in self._kept:
+                kept, _ = self._kept.pop(name)
+                kept.add_(gradient)
+                gradient = kept
+            if not sharding.is_reduced:
+                self._kept[name] = gradient, settings
+                return
+            basis, parts = gradient.basis, gradient.parts()
+        self._take_parts(self._backward(), name, basis, parts, settings)
 
     def _take_parts(
-        self,
-        backward: _Backward,
-        name: str,
-        basis: Basis,
-        parts: dict[str, Tensor],
-        settings: str,
+        self, backward: _Backward, name: str, basis: Basis, parts: dict[str, Tensor], settings: str
     ) -> None:
+        """Send what a weight's gradient is the sum of."""
         sharding = self._shardings[name]
         arrival = _ShardedArrival(sharding, basis, parts)
         self._take(backward, arrival, name, settings, sharding.divisor)
