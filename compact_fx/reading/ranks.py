@@ -301,7 +301,8 @@ def with_ddp(training: Training, ranks: int, alone: Breakdown) -> PerRank:
 def with_fsdp(training: Training, ranks: int, *, reshards: bool = True) -> PerRank:
     """A rank under `fully_shard` of each block and of the model, blocks compiled one by one.
 
-    reshards: `reshard_after_forward` of `fully_shard`.
+    Args:
+        reshards: `reshard_after_forward` of `fully_shard`.
     """
     held = [h.in_parts(ranks) for h in training.held]
     weights = sum(h.part(ranks) for h in held)

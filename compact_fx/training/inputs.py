@@ -1,5 +1,6 @@
 """What a call hands to a compiled graph beyond its own arguments."""
 
+import functools
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -68,8 +69,6 @@ class GraphInputs:
             return self.examples(arguments)
         ids = tuple(map(id, weights))
         entry = self._last.get(ids)
-        if entry is not None and not entry.is_of(weights):
-            entry = None
         recomputes = _torch.in_backward()
         # In a backward pass a checkpoint recomputes: it needs what its forward got.
         if entry is None or not (recomputes or entry.is_current()):
@@ -116,8 +115,6 @@ class GraphInputs:
         if old is not None and versions == old.versions:
             old.changes, old.stays = now, self._stays(groups, followed)
             return old
-        if old is None:  # a new set of weights: forget those that are gone
-            self._last = {k: e for k, e in self._last.items() if e.is_alive()}
         bases: list[Basis] = []
         sources: list[Tensor] = []
         for number, (group, own) in enumerate(zip(groups, self._owners(records), strict=True)):
@@ -148,8 +145,10 @@ class GraphInputs:
         ):
             place = self._place(number, old, arguments)
             leaves.append(leaf_of(arguments[role.index], record, role.shape, basis, place))
+        # With one of its weights all of it goes; no frame of Python, which Dynamo might trace.
+        forget = functools.partial(self._last.pop, tuple(map(id, weights)))
         entry = _Entry(
-            references=[weakref.ref(weight) for weight in weights],
+            references=[weakref.ref(weight, forget) for weight in weights],
             records=list(records.values()),
             dense_records=[r for r in records.values() if not r.is_factor],
             factor_records=factor_records,
@@ -295,6 +294,7 @@ class _Entry:
     """What one set of weights gets, until one of its projections changes.
 
     Attributes:
+        references: to the weights; when one is gone, the entry goes as well.
         changes: when it was made or looked at last.
         stays: with how many steps of which weights all is as it was then. They may be fewer too:
             the one that has seen most may be gone.
@@ -314,12 +314,6 @@ class _Entry:
     is_stepped: bool = False
     changed: int = 0
     value: float | None = None
-
-    def is_alive(self) -> bool:
-        return all(reference() is not None for reference in self.references)
-
-    def is_of(self, weights: Sequence[Tensor]) -> bool:
-        return all(r() is w for r, w in zip(self.references, weights, strict=True))
 
     def is_current(self) -> bool:
         """Whether all projections are what they were: no more than steps has come since."""

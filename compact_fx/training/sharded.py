@@ -88,15 +88,19 @@ class ShardedExchange(Exchange):
                 self._kept[name] = gradient, settings
                 return
             basis, parts = gradient.basis, gradient.parts()
-        self._take_parts(self._backward(), name, basis, parts, settings)
+        self._take_parts(self._backward(), sharding, basis, parts, settings)
 
     def _take_parts(
-        self, backward: _Backward, name: str, basis: Basis, parts: dict[str, Tensor], settings: str
+        self,
+        backward: _Backward,
+        sharding: _torch.Sharding,
+        basis: Basis,
+        parts: dict[str, Tensor],
+        settings: str,
     ) -> None:
         """Send what a weight's gradient is the sum of."""
-        sharding = self._shardings[name]
         arrival = _ShardedArrival(sharding, basis, parts)
-        self._take(backward, arrival, name, settings, sharding.divisor)
+        self._take(backward, arrival, sharding.name, settings, sharding.divisor)
 
     def _take_kept(self, backward: _Backward) -> None:
         """What was kept goes now, also of weights that this pass has given nothing."""
@@ -104,7 +108,7 @@ class ShardedExchange(Exchange):
             sharding = self._shardings[name]
             if sharding.is_reduced:
                 del self._kept[name]
-                self._take_parts(backward, name, gradient.basis, gradient.parts(), settings)
+                self._take_parts(backward, sharding, gradient.basis, gradient.parts(), settings)
 
     def _launch(self, backward: _Backward) -> None:
         if backward.works:  # as fully_shard does: whole factors of one bucket are there at once

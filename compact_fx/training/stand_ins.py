@@ -20,6 +20,7 @@ from compact_fx.training.moments import REFRESHES, Refresh
 from compact_fx.training.weights import (
     any_sketched,
     described,
+    is_skipped,
     known_record,
     record_of,
     restore_steps,
@@ -212,8 +213,7 @@ class CompactOptimizer(torch.optim.Optimizer):
     @_torch.untraced  # and what steps in backward comes here
     @torch.no_grad()
     def _step(self, groups: Sequence[dict[str, Any]]) -> None:
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.item():  # GradScaler skips a fused step like this
+        if is_skipped(self):
             return
         factors: dict[Tensor, tuple[Tensor, Basis]] = {}
         for group in groups:

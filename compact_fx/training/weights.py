@@ -294,8 +294,7 @@ def _on_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     began = _began[optimizer].pop() if _began.get(optimizer) else _Began(optimizer, True)
     if getattr(optimizer, "_step_in_backward", False):  # it counts each weight itself
         return
-    found_inf = getattr(optimizer, "found_inf", None)
-    if found_inf is not None and found_inf.item():  # a fused step that GradScaler skips
+    if is_skipped(optimizer):
         return
     weights = began.known_now(optimizer)
     _use_gradients(optimizer, weights)
@@ -304,6 +303,11 @@ def _on_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if record.steps == began.steps[record]:
                 _warn_of_dense_step(optimizer, [record] if record.is_factor else [])
                 record.count()
+
+
+def is_skipped(optimizer: Optimizer) -> bool:
+    """Whether this step is a fused one that GradScaler skips."""
+    return bool(getattr(optimizer, "found_inf", None))  # a tensor; the number 0 without gradients
 
 
 def use_gradient(optimizer: Optimizer, weight: Tensor) -> None:

@@ -930,6 +930,22 @@ def test_another_seed_or_kind_is_refused():
             optimizer.step()
 
 
+def test_a_projection_goes_with_its_weights_and_not_with_the_graph():
+    def product(x, weight):
+        return torch.tanh(x @ weight.T)
+
+    step = torch.compile(product, backend=backend(), dynamic=False)
+    weight = nn.Parameter(torch.randn(96, N))
+    step(data(0), weight).sum().backward()
+    gone = weakref.ref(followed_of(weight))
+    del weight
+    gc.collect()
+    assert gone() is None
+    other = nn.Parameter(torch.randn(96, N))
+    step(data(0), other).sum().backward()
+    assert followed_of(other) is not None
+
+
 def test_what_is_gone_is_forgotten():
     model = make()
     model.own = [model]  # as models of transformers do: a collection finds it, and nothing after

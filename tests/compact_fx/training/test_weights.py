@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from compact_fx import compact_backend
+from compact_fx import CompactAdamW, compact_backend
 from compact_fx.plan import Plan, ProjectionInput
 from compact_fx.projections import Projection, drawn, fold_in
 from compact_fx.training.inputs import GraphInputs
@@ -157,6 +157,21 @@ def test_a_step_that_the_scaler_skips_does_not_count():
     scaler.step(optimizer)
     scaler.update()
     assert values(schedule([weight])) != values(before)
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, CompactAdamW])
+def test_a_fused_step_without_gradients_under_the_scaler_is_none(optimizer_class):
+    """GradScaler then tells the optimizer of the number 0, where it has a tensor otherwise."""
+    weight = weight_of()
+    schedule_of(weight)([weight])
+    other = weight_of()
+    other.grad = None
+    optimizer = optimizer_class([other], fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = other.detach().clone()
+    scaler.scale(torch.zeros(()))
+    scaler.step(optimizer)
+    assert torch.equal(other, before)
 
 
 def test_keys_depend_on_the_seed():
