@@ -47,15 +47,36 @@ class _Form(NamedTuple):
 
 
 def _text(forms: Mapping[_Slot, _Form]) -> str:
-    return ", ".join(
-        f"{slot.part} {form.shape} {form.dtype} {form.settings}" for slot, form in forms.items()
-    )
+    fields = [
+        (f"{slot.part} {f.shape}", f"{f.dtype}", f"divided by {f.divisor:g}", f.settings)
+        for slot, f in forms.items()
+    ]
+    return "; ".join(field for of_slot in fields for field in of_slot if field)
 
 
 @functools.cache
-def _told(projection: Projection, seed: int, settings: str) -> str:
-    """All that decides what a factor is, as text."""
-    return f"{projection}, seed={seed}, {settings}"
+def told(projection: Projection, seed: int, settings: str) -> str:
+    """All that decides what a factor is, as text: fields with "; " between them."""
+    p = projection
+    sizes = f"rank={p.rank} of {p.features}; {p.dtype}; salt={p.salt}"
+    return f"projection={p.kind!r}; {sizes}; seed={seed}; {settings}"
+
+
+def different_settings(name: str, texts: Mapping[int, str | None]) -> ValueError:
+    """The error that says in what two ranks' gradients of a weight differ.
+
+    Args:
+        texts: by rank fields with "; " between them; None where nothing is sketched.
+    """
+    fields = {rank: (text or "not sketched").split("; ") for rank, text in texts.items()}
+    (one, of_one), (other, of_other) = fields.items()
+    only_one = [field for field in of_one if field not in of_other] or of_one
+    only_other = [field for field in of_other if field not in of_one] or of_other
+    return ValueError(
+        f"ranks have different settings. The gradient of {name} is on rank {one}: "
+        f"{'; '.join(only_one)}, and on rank {other}: {'; '.join(only_other)}. Give all ranks the "
+        "same compact_backend(...)"
+    )
 
 
 class _Arrival(Protocol):
@@ -257,9 +278,9 @@ class Exchange:
         """Average what has arrived, as soon as all of a bucket has."""
         backward.arrivals.append(arrival)
         basis = arrival.basis
-        told = "" if basis is None else _told(basis.projection, basis.seed, settings)
+        text = "" if basis is None else told(basis.projection, basis.seed, settings)
         for part, tensor in arrival.parts().items():
-            form = _Form(tuple(tensor.shape), tensor.dtype, told, divisor)
+            form = _Form(tuple(tensor.shape), tensor.dtype, text, divisor)
             slot = _Slot(name, part, 0)
             # One that has arrived before, or of another form than was agreed on, is another slot.
             while slot in backward.forms or self._forms.get(slot, form) != form:
@@ -384,10 +405,7 @@ class Exchange:
             for name, mine in by_weight.items():
                 first, others = known.setdefault(name, (rank, mine))
                 if others != mine:
-                    raise ValueError(
-                        f"ranks have different settings. The gradient of {name} is on rank "
-                        f"{first}: {_text(others)}; on rank {rank}: {_text(mine)}"
-                    )
+                    raise different_settings(name, {first: _text(others), rank: _text(mine)})
                 self._forms.update(mine)
         open_buckets: dict[tuple[Any, ...], tuple[list[_Slot], int]] = {}
         for slot in list(self._forms)[before:]:

@@ -14,6 +14,7 @@ from compact_fx.plan import FactorInput, Plan, ProjectionInput
 from compact_fx.projections import Basis, DrawnBasis, Projection
 from compact_fx.training.delivery import empty_leaf, leaf_of, refuse_hooks
 from compact_fx.training.distributed import before_forward, exchange_shards
+from compact_fx.training.exchange import told
 from compact_fx.training.followed import Followed, change_those_due, changes
 from compact_fx.training.watch import Watch
 from compact_fx.training.weights import Group, WeightRecord, record_of
@@ -54,7 +55,7 @@ class GraphInputs:
         named = {site.projection: site.weight for site in reversed(plan.sketched)}
         self._names = [named.get(number, "") for number in range(len(plan.projections))]
         self._indices = tuple(dict.fromkeys(i for p in plan.projection_inputs for i in p.owners))
-        self._settings = f"update_interval={interval}, follow={follow}"
+        self._settings = f"update_interval={interval}; follow={follow}"
         self._is_shared = bool(self._factors) or any(p.is_tracked for p in plan.projections)
         self._last: dict[tuple[int, ...], _Entry] = {}  # by ids of weights
 
@@ -169,9 +170,8 @@ class GraphInputs:
     def _texts(self) -> dict[int, str]:
         """By weight all that decides what its gradient is."""
         shapes = {role.index: f"factor {role.shape}" for role in self._factors}
-        settings = f"seed={self._seed}, {self._settings}"
         return {
-            index: f"{shapes.get(index, 'gradient')} {p}, {settings}"
+            index: f"{shapes.get(index, 'gradient')}; {told(p, self._seed, self._settings)}"
             for p, own in zip(self._plan.projections, self._plan.projection_inputs, strict=True)
             for index in own.owners
         }

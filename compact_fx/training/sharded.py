@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from compact_fx import _torch
 from compact_fx.config import CompactConfig
 from compact_fx.projections import Basis
-from compact_fx.training.exchange import Exchange, _Backward, _Slot
+from compact_fx.training.exchange import Exchange, _Backward, _Slot, different_settings
 from compact_fx.training.gradients import SketchedGrad, accumulate
 
 if TYPE_CHECKING:
@@ -66,10 +66,7 @@ class ShardedExchange(Exchange):
         """Raise where ranks have others: `fully_shard` would send what does not fit together."""
         if (found := self.difference(mine)) is not None:
             name, rank, theirs = found
-            raise ValueError(
-                f"ranks have different settings. The gradient of {name} is on rank {rank}: "
-                f"{theirs}; on rank {dist.get_rank()}: {mine.get(name)}"
-            )
+            raise different_settings(name, {rank: theirs, dist.get_rank(): mine.get(name)})
 
     def receive(
         self, weight: Tensor, factor: Tensor, basis: Basis, name: str, settings: str

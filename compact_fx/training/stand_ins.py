@@ -155,8 +155,8 @@ class CompactOptimizer(torch.optim.Optimizer):
             if self._settings.in_8_bits and _torch.is_wrapper(weight):
                 raise ValueError(
                     f'state_dtype="fp8" cannot be used with a weight of type '
-                    f"{type(weight.data).__name__}, shape {tuple(weight.shape)}: its moments are "
-                    "no plain tensors"
+                    f"{type(weight.data).__name__}, shape {tuple(weight.shape)}, as fully_shard "
+                    "makes them: leave it away, or use torch.bfloat16"
                 )
         if self._step_in_backward:
             for weight in group["params"]:
@@ -231,10 +231,19 @@ class CompactOptimizer(torch.optim.Optimizer):
             group.update({k: v for k, v in part.items() if k != "params"})
 
     def _check_gradients(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Warn, once, where a run cannot have any sketched gradient."""
-        weights = [w for g in groups for w in g["params"] if w.grad is not None and w.dim() > 1]
-        if not weights or not any(group.get("lr", 1.0) for group in groups):
+        """Warn, once, where a run cannot have sketched gradients, or steps what nobody trains."""
+        everything = [weight for group in groups for weight in group["params"]]
+        weights = [w for w in everything if w.grad is not None and w.dim() > 1]
+        if not any(group.get("lr", 1.0) for group in groups):
             return  # so it is also where a checkpoint makes a state to load into
+        if any_sketched() and all(w.grad is None and known_record(w) is None for w in everything):
+            self._is_checked = True
+            warn_at_caller(
+                f"{type(self).__name__} steps weights that have no gradient and are in no compiled "
+                "graph: fully_shard(model) puts others in their place. Make the optimizer after it"
+            )
+        if not weights:
+            return
         self._is_checked = True
         records = [record for weight in weights if (record := known_record(weight)) is not None]
         if any(record.in_dense_graph for record in records):

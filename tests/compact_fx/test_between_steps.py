@@ -1127,6 +1127,26 @@ def test_a_compact_optimizer_of_what_is_never_sketched(monkeypatch):
         third.step()
 
 
+def test_a_compact_optimizer_of_weights_that_were_replaced():
+    """As fully_shard replaces them: nothing would be trained."""
+    model = Mlp()
+    optimizer = CompactAdamW(model.parameters(), lr=1e-3)
+    for module in (model.first, model.second, model.third):
+        module.weight = nn.Parameter(module.weight.detach().clone())
+        module.bias = nn.Parameter(module.bias.detach().clone())
+    own = CompactAdamW(model.parameters(), lr=1e-3)
+    step = torch.compile(model, backend=backend(gradients="sketched"))
+    with warned("Make the optimizer after it", 1) as caught:
+        for number in range(3):
+            loss_of(step(batch(number))).backward()
+            optimizer.step()
+            own.step()
+            own.zero_grad()
+            own.step()
+    (found,) = [w for w in caught if "Make the optimizer after it" in str(w.message)]
+    assert linecache.getline(found.filename, found.lineno).strip() == "optimizer.step()"
+
+
 @pytest.mark.parametrize("way", BY_ADAMW)
 def test_dense_gradients_are_for_any_optimizer(way):
     with warned(MAKES_DENSE, 0):

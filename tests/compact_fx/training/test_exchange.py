@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from compact_fx import SketchedGrad, _torch, compact_backend, exchange_factors
-from compact_fx.training.exchange import Exchange, _Form, _Note, _Slot
+from compact_fx.training.exchange import Exchange, _Form, _Note, _Slot, different_settings
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +131,25 @@ def test_tracked_projections_are_one(few):
 def test_all_ranks_are_told(few, name, text):
     """Before anything steps."""
     assert all(text in of_rank for of_rank in few[name])
+
+
+MINE = "factor (8, 2); rank=2 of 8; seed=0"
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (
+            "factor (8, 4); rank=4 of 8; seed=0",
+            "0: factor (8, 2); rank=2 of 8, and on rank 3: factor (8, 4); rank=4 of 8.",
+        ),
+        (f"{MINE}; follow=0.5", f"0: {MINE}, and on rank 3: follow=0.5."),
+        (None, f"0: {MINE}, and on rank 3: not sketched."),
+    ],
+)
+def test_what_ranks_have_alike_is_not_said(other, said):
+    text = str(different_settings("up.weight", {0: MINE, 3: other}))
+    assert f"The gradient of up.weight is on rank {said} Give all ranks the same" in text
 
 
 @pytest.mark.long
