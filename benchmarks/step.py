@@ -67,9 +67,6 @@ VARIANTS = {
     "compact n/8": Variant(settings=EIGHTH),
     "compact n/8, sketched gradients": Variant(settings=EIGHTH | SKETCHED),
     "compact n/8, tracked": Variant(settings=EIGHTH | TRACKED),
-    "compact n/8, tracked, cpp_wrapper": Variant(
-        settings=EIGHTH | TRACKED | {"options": {"cpp_wrapper": True}}
-    ),
     "eager": Variant(None),
     "torch.compile, checkpointing": Variant("inductor", checkpointing=True),
     "compact n/4, checkpointing": Variant(settings=QUARTER, checkpointing=True),
