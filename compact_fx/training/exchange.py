@@ -164,6 +164,9 @@ class Exchange:
         weights: by name.
         group: of the ranks; None for all.
         steps: how many each weight has seen.
+
+    Raises:
+        RuntimeError: other ranks have not come, until torch's timeout.
     """
 
     def __init__(
@@ -174,9 +177,16 @@ class Exchange:
     ) -> None:
         self.ranks = dist.get_process_group_ranks(group)
         # DistributedDataParallel's own messages come in between in an order of their own.
-        self._group = dist.new_group(
-            self.ranks, timeout=_torch.timeout_of(group), use_local_synchronization=True
-        )
+        try:
+            self._group = dist.new_group(
+                self.ranks, timeout=_torch.timeout_of(group), use_local_synchronization=True
+            )
+        except dist.DistError as error:
+            raise RuntimeError(
+                "other ranks do not exchange sketched gradients or tracked projections as this one "
+                "does, or are gone: give all ranks the same compact_backend(...), and call "
+                "exchange_factors on all of them"
+            ) from error
         self._weights = {name: weakref.ref(weight) for name, weight in weights.items()}
         self._steps = steps
         self._forms: dict[_Slot, _Form] = {}

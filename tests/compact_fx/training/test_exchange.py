@@ -295,6 +295,13 @@ def test_messages_wait_as_long_as_those_of_the_group(process_group):
     assert _torch.timeout_of(exchange._group) == timedelta(seconds=77)
 
 
+def test_ranks_that_do_not_come_are_told_of(process_group, monkeypatch):
+    monkeypatch.setattr(dist, "new_group", Mock(side_effect=dist.DistStoreError("wait timeout")))
+    with pytest.raises(RuntimeError, match="give all ranks the same compact_backend") as caught:
+        Exchange({}, None, list)
+    assert isinstance(caught.value.__cause__, dist.DistStoreError)
+
+
 def test_a_ddp_that_is_gone_is_in_nobodys_way(process_group):
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     ddp = DistributedDataParallel(model)
