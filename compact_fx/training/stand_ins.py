@@ -24,6 +24,7 @@ from compact_fx.training.weights import (
     known_record,
     record_of,
     restore_steps,
+    sharded_shapes,
     use_gradient,
 )
 
@@ -231,18 +232,12 @@ class CompactOptimizer(torch.optim.Optimizer):
             group.update({k: v for k, v in part.items() if k != "params"})
 
     def _check_gradients(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Warn, once, where a run cannot have sketched gradients, or steps what nobody trains."""
-        everything = [weight for group in groups for weight in group["params"]]
-        weights = [w for w in everything if w.grad is not None and w.dim() > 1]
+        """Warn, once, where a run cannot have any sketched gradient."""
+        weights = [w for g in groups for w in g["params"] if w.grad is not None and w.dim() > 1]
         if not any(group.get("lr", 1.0) for group in groups):
             return  # so it is also where a checkpoint makes a state to load into
-        if any_sketched() and all(w.grad is None and known_record(w) is None for w in everything):
-            self._is_checked = True
-            warn_at_caller(
-                f"{type(self).__name__} steps weights that have no gradient and are in no compiled "
-                "graph: fully_shard(model) puts others in their place. Make the optimizer after it"
-            )
         if not weights:
+            self._check_weights([weight for group in groups for weight in group["params"]])
             return
         self._is_checked = True
         records = [record for weight in weights if (record := known_record(weight)) is not None]
@@ -260,6 +255,19 @@ class CompactOptimizer(torch.optim.Optimizer):
             f"{type(self).__name__} steps dense gradients, and so saves no memory of gradients and "
             f"moments: {what}, or use torch's own optimizer"
         )
+
+    def _check_weights(self, weights: Sequence[Tensor]) -> None:
+        """Warn, once, where weights without gradients look like some that `fully_shard` has."""
+        if "replaced" in self._warned or any(
+            w.grad is not None or known_record(w) for w in weights
+        ):
+            return
+        if sharded_shapes().intersection(weight.shape for weight in weights):
+            self._warned.add("replaced")
+            warn_at_caller(
+                f"{type(self).__name__} steps weights that have no gradient and are in no compiled "
+                "graph: fully_shard(model) puts others in their place. Make the optimizer after it"
+            )
 
     def _batches(
         self, groups: Sequence[dict[str, Any]], factors: Mapping[Tensor, tuple[Tensor, Basis]]

@@ -219,6 +219,11 @@ def any_sketched() -> bool:
     return any(record.group is not None for record in _records.values())
 
 
+def sharded_shapes() -> set[torch.Size]:
+    """The shapes of all weights that `fully_shard` gathers for a sketched graph."""
+    return {weight.shape for weight, record in _records.items() if record.sharding is not None}
+
+
 def record_of(weight: Tensor) -> WeightRecord:
     """The weight's record; a sharded weight and what FSDP gathers of it have one."""
     record = _records.get(weight)

@@ -1127,24 +1127,34 @@ def test_a_compact_optimizer_of_what_is_never_sketched(monkeypatch):
         third.step()
 
 
-def test_a_compact_optimizer_of_weights_that_were_replaced():
-    """As fully_shard replaces them: nothing would be trained."""
+@pytest.mark.parametrize("is_late", [True, False])
+def test_a_compact_optimizer_that_was_made_before_fully_shard(process_group, is_late):
+    """It holds weights that nobody trains; one that is made after it is in order."""
     model = Mlp()
     optimizer = CompactAdamW(model.parameters(), lr=1e-3)
-    for module in (model.first, model.second, model.third):
-        module.weight = nn.Parameter(module.weight.detach().clone())
-        module.bias = nn.Parameter(module.bias.detach().clone())
-    own = CompactAdamW(model.parameters(), lr=1e-3)
-    step = torch.compile(model, backend=backend(gradients="sketched"))
-    with warned("Make the optimizer after it", 1) as caught:
+    model.compile(backend=backend(gradients="sketched"))
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    if not is_late:
+        optimizer = CompactAdamW(model.parameters(), lr=1e-3)
+    with warned("Make the optimizer after it", int(is_late)) as caught:
         for number in range(3):
-            loss_of(step(batch(number))).backward()
+            loss_of(model(batch(number))).backward()
             optimizer.step()
-            own.step()
-            own.zero_grad()
-            own.step()
-    (found,) = [w for w in caught if "Make the optimizer after it" in str(w.message)]
-    assert linecache.getline(found.filename, found.lineno).strip() == "optimizer.step()"
+            optimizer.zero_grad()
+            optimizer.step()
+    for found in (w for w in caught if "Make the optimizer after it" in str(w.message)):
+        assert linecache.getline(found.filename, found.lineno).strip() == "optimizer.step()"
+
+
+def test_a_compact_optimizer_of_what_is_not_used_yet(process_group):
+    """It may be later, also beside a model that fully_shard has."""
+    model, other = Mlp(), nn.Linear(5, 7)
+    model.compile(backend=backend(gradients="sketched"))
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    loss_of(model(batch())).backward()
+    with warned("Make the optimizer after it", 0):
+        CompactAdamW(other.parameters(), lr=1e-3).step()
+        CompactAdamW([{"params": []}], lr=1e-3).step()
 
 
 @pytest.mark.parametrize("way", BY_ADAMW)
